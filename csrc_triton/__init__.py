@@ -1,0 +1,1 @@
+"""Device code only: `@triton.jit` kernels and their launch configurations."""

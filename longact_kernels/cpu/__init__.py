@@ -1,0 +1,1 @@
+"""Fast CPU implementations, one file an op."""

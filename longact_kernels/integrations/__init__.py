@@ -1,0 +1,1 @@
+"""Glue to transformers, TRL and accelerate: the only place that imports them, with `rl/`."""

@@ -1,0 +1,60 @@
+"""`longact::channel_stats`: absmax and per-sequence sums of squares of an activation, from one read."""
+
+import torch
+from torch import Tensor
+
+from longact_kernels.ops.dispatch import warn_reference
+from longact_kernels.reference.channel_stats import channel_stats as _reference
+
+
+def channel_stats(
+    y: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, l2: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Per-channel magnitude of an activation.
+
+    Equivalent torch code, for `y` of shape [B, T, N] and `kept = y[mask]`::
+
+        absmax = kept.float().abs().amax(0)
+        sumsq = (y.float() * mask[..., None]).square().sum(1)
+
+    The paper's L2 statistic (LongAct, arXiv 2604.14922) is `sumsq.sqrt().mean(0)`.
+
+    Args:
+        y: activation [..., T, N] in fp32, fp16 or bf16; every index of the leading dimensions is one sequence of T tokens,
+            and a 2-D `y` is a single sequence.
+        mask: bool [..., T], True where a token counts. Tokens left out add nothing, not even their NaN.
+        cu_seqlens: int [B + 1], the bounds of packed sequences in a 2-D `y`.
+        l2: whether to take the sums of squares as well.
+
+    Returns:
+        absmax fp32 [N] (exact; NaN and Inf survive; 0 without tokens) and sumsq fp32 [B, N] ([0, N] if not `l2`).
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, naming the argument.
+    """
+    if mask is not None and (mask.shape != y.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])} (one value a token of y)"
+        )
+    if cu_seqlens is not None and y.ndim != 2:
+        raise ValueError(f"cu_seqlens: goes with packed y of shape [tokens, N], got y {list(y.shape)}")
+    return _channel_stats(y, mask, cu_seqlens, l2)
+
+
+@torch.library.custom_op("longact::channel_stats", mutates_args=())
+def _channel_stats(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    if not y.is_cpu:
+        warn_reference("channel_stats", y.device.type)
+    return _reference(y, mask, cu_seqlens, l2)
+
+
+@_channel_stats.register_fake
+def _(y, mask, cu_seqlens, l2):
+    N = y.shape[-1]
+    if not l2:
+        B = 0
+    elif cu_seqlens is not None:
+        B = cu_seqlens.shape[0] - 1
+    else:
+        B = y.shape[:-2].numel()
+    return y.new_empty(N, dtype=torch.float32), y.new_empty((B, N), dtype=torch.float32)
