@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.dispatch import warn_reference
+from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference.channel_stats import channel_stats as _reference
 
 
@@ -20,10 +20,11 @@ def channel_stats(
     The paper's L2 statistic (LongAct, arXiv 2604.14922) is `sumsq.sqrt().mean(0)`.
 
     Args:
-        y: activation [..., T, N] in fp32, fp16 or bf16; every index of the leading dimensions is one sequence of T tokens,
-            and a 2-D `y` is a single sequence.
+        y: activation [..., T, N] in fp32, fp16 or bf16; every index of the leading dimensions is one sequence of T
+            tokens, and a 2-D `y` is a single sequence.
         mask: bool [..., T], True where a token counts. Tokens left out add nothing, not even their NaN.
-        cu_seqlens: int [B + 1], the bounds of packed sequences in a 2-D `y`.
+        cu_seqlens: int [B + 1], ascending, the bounds of packed sequences in a 2-D `y`; tokens outside count for
+            nothing.
         l2: whether to take the sums of squares as well.
 
     Returns:
@@ -34,7 +35,7 @@ def channel_stats(
     """
     if mask is not None and (mask.shape != y.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])} (one value a token of y)"
+            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])}, one value a token of y"
         )
     if cu_seqlens is not None and y.ndim != 2:
         raise ValueError(f"cu_seqlens: goes with packed y of shape [tokens, N], got y {list(y.shape)}")
@@ -43,9 +44,7 @@ def channel_stats(
 
 @torch.library.custom_op("longact::channel_stats", mutates_args=())
 def _channel_stats(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    if not y.is_cpu:
-        warn_reference("channel_stats", y.device.type)
-    return _reference(y, mask, cu_seqlens, l2)
+    return implementation("channel_stats", y, _reference, _reference)(y, mask, cu_seqlens, l2)
 
 
 @_channel_stats.register_fake

@@ -1,8 +1,11 @@
-"""Which implementation of an op runs on which tensor."""
+"""Which implementation of an op runs on a tensor: Triton on a GPU, `longact_kernels.cpu` on a CPU, else the reference."""
 
 import functools
+import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -13,15 +16,43 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Whether a tensor's device runs the Triton kernels: CUDA and ROCm, or any under the interpreter."""
-    return tensor.is_cuda or interpreted()
+    return (tensor.is_cuda or interpreted()) and _has_triton()
+
+
+@functools.cache
+def _cpu(op: str) -> Callable | None:
+    module = f"longact_kernels.cpu.{op.rstrip('_')}"
+    return getattr(importlib.import_module(module), op) if importlib.util.find_spec(module) else None
+
+
+def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callable) -> Callable:
+    """The function that runs `op` on `tensor`'s device; all of them take the op's arguments in the op's order.
+
+    Args:
+        op: the op's name, such as "sparse_adamw_"; its CPU code is `longact_kernels.cpu.sparse_adamw.sparse_adamw_`.
+        tensor: the argument that decides.
+        kernel: the launcher of the Triton kernel.
+        reference: the definition in plain PyTorch.
+    """
+    if runs_triton(tensor):
+        return kernel
+    if tensor.is_cpu:
+        return _cpu(op) or reference
+    warn_reference(op, tensor.device.type)
+    return reference
 
 
 @functools.cache
 def warn_reference(op: str, device: str) -> None:
     """Says, once for an op and device, that the slow reference runs where a user would expect a kernel."""
     warnings.warn(
-        f"longact_kernels: no kernel for '{op}' on {device}; the plain PyTorch reference runs instead (right, but slower)",
+        f"longact_kernels: no kernel for '{op}' on {device}; the plain PyTorch reference runs instead (slower)",
         stacklevel=3,
     )

@@ -1,5 +1,7 @@
 """Per-channel activation magnitude: absmax over tokens, and the sum of squares of every sequence."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,12 @@ def channel_stats(
     magnitude = y.detach().float().abs()
     if mask is not None:
         magnitude = magnitude.masked_fill(~mask.unsqueeze(-1), 0.0)
-    tokens = magnitude.reshape(-1, N)
-    absmax = tokens.amax(0) if len(tokens) else tokens.new_zeros(N)
-    if not l2:
-        return absmax, tokens.new_zeros(0, N)
-    squares = tokens.square()
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        sumsq = [squares[start:end].sum(0) for start, end in zip(bounds, bounds[1:], strict=False)]
-        return absmax, torch.stack(sumsq) if sumsq else tokens.new_zeros(0, N)
-    sequences = y.shape[:-2].numel() if y.ndim > 2 else 1
-    length = y.shape[-2] if y.ndim > 1 else 1
-    return absmax, squares.reshape(sequences, length, N).sum(1)
+        sequences = [magnitude[start:end] for start, end in pairwise(cu_seqlens.tolist())]
+    else:
+        length = y.shape[-2] if y.ndim > 1 else 1
+        sequences = list(magnitude.reshape(y.shape[:-2].numel() if y.ndim > 2 else 1, length, N))
+    zero = magnitude.new_zeros(N)
+    absmax = torch.stack([zero, *(sequence.amax(0) for sequence in sequences if len(sequence))]).amax(0)
+    sumsq = torch.stack([zero, *(sequence.square().sum(0) for sequence in sequences)])[1:]
+    return absmax, sumsq if l2 else sumsq[:0]
