@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ def find_projections(model: nn.Module) -> list[Projection]:
     """The `q_proj` and `k_proj` linear layers of a model, in the order of its modules.
 
     Raises:
-        ValueError: if there are none (naming the linear layers seen), if one is not a plain `nn.Linear` (quantised, adapted
-            or already salient), or if the size of a head cannot be told.
+        ValueError: if there are none (naming the linear layers seen), if one is not a plain `nn.Linear` (quantised,
+            adapted or already salient), or if the size of a head cannot be told.
     """
     found = []
     for name, parent in model.named_modules():
@@ -58,11 +58,11 @@ def _plain(path: str, module: nn.Module) -> nn.Linear:
 
 
 def _head_dim(path: str, attention: nn.Module, linear: nn.Linear, model: nn.Module) -> int:
-    config = getattr(attention, "config", None) or getattr(model, "config", None)
+    config: Any = getattr(attention, "config", None) or getattr(model, "config", None)
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-    if not head_dim and config is not None and getattr(config, "num_attention_heads", 0):
+    if head_dim is None and hasattr(config, "num_attention_heads"):
         head_dim = config.hidden_size // config.num_attention_heads
-    if not head_dim or linear.out_features % head_dim:
+    if not isinstance(head_dim, int) or linear.out_features % head_dim:
         raise ValueError(
             f"model: cannot tell the head size of {path}: got {head_dim} for {linear.out_features} output channels; "
             "needed `head_dim` on the attention module or in the model's config, dividing the channels"

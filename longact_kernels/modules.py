@@ -66,12 +66,12 @@ class SalientLinear(nn.Linear):
         if salient is None or not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
         weight: Tensor = self.weight
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look inside an autograd.Function: cast as it casts for F.linear.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         salient.fed = True
         rows = salient.rows if salient.fixed else None
         return salient_linear(

@@ -24,8 +24,8 @@ CHUNK_NUMEL = 2**26
 class SalientAdamW(Optimizer):
     """`torch.optim.AdamW` on ordinary parameters, and AdamW on the salient rows of salient weights.
 
-    For each row i in the set of a salient weight, with a step count τ of its own (a row that enters late, or comes back,
-    gets the bias correction of its own history)::
+    For each row i in the set of a salient weight, with a step count τ of its own (a row that enters late, or comes
+    back, gets the bias correction of its own history)::
 
         τ += 1;  m = β1·m + (1−β1)·g;  v = β2·v + (1−β2)·g²
         W = (1 − lr·weight_decay)·W − lr · (m / (1−β1^τ)) / (sqrt(v / (1−β2^τ)) + eps)
@@ -99,9 +99,13 @@ class SalientAdamW(Optimizer):
         for longact in controllers:
             longact.mask_gradients()
         for group in self.param_groups:
-            with_grad = [p for p in group["params"] if p.grad is not None]
-            self._step_dense(group, [p for p in with_grad if salient_channels(p) is None])
-            self._step_salient(group, [(p, s.rows) for p in with_grad if (s := salient_channels(p)) is not None])
+            dense: list[Tensor] = []
+            salient: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is not None:
+                    (dense if salient_channels(p) is None else salient).append(p)
+            self._step_dense(group, dense)
+            self._step_salient(group, salient)
         for longact in controllers:
             longact.advance()
         return loss
@@ -109,7 +113,7 @@ class SalientAdamW(Optimizer):
     def _has_master(self, p: Tensor) -> bool:
         return self.master_weights and p.dtype in (torch.float16, torch.bfloat16)
 
-    def _step_dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_dense(self, group: dict[str, Any], params: list[Any]) -> None:
         for p in params:
             state = self.state[p]
             if not state:
@@ -140,23 +144,22 @@ class SalientAdamW(Optimizer):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-            rounded = [(p, target) for p, target in zip(chunk, targets, strict=True) if target is not p]
-            if rounded:
-                torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
+            if outdated := [p for p in chunk if "master" in self.state[p]]:
+                torch._foreach_copy_(outdated, [self.state[p]["master"] for p in outdated])
 
-    def _step_salient(self, group: dict[str, Any], weights: list[tuple[Tensor, Tensor]]) -> None:
+    def _step_salient(self, group: dict[str, Any], params: list[Any]) -> None:
         launches = defaultdict(list)
-        for p, rows in weights:
-            self._follow_set(p, rows)
-            launches[p.device, p.dtype, p.grad.dtype].append((p, rows))
+        for p in params:
+            self._follow_set(p)
+            launches[p.device, p.dtype, p.grad.dtype].append(p)
         beta1, beta2 = group["betas"]
         lr = group["lr"]
-        for (device, *_), launch in launches.items():
-            states = [self.state[p] for p, _ in launch]
+        for (device, *_), weights in launches.items():
+            states = [self.state[p] for p in weights]
             ops.sparse_adamw_(
-                [p.detach() for p, _ in launch],
-                [p.grad for p, _ in launch],
-                [rows for _, rows in launch],
+                [p.detach() for p in weights],
+                [p.grad for p in weights],
+                [p.salient.rows for p in weights],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"] for state in states],
@@ -170,9 +173,9 @@ class SalientAdamW(Optimizer):
                 group["maximize"],
             )
 
-    def _follow_set(self, p: Tensor, rows: Tensor) -> None:
+    def _follow_set(self, p: Any) -> None:
         """Makes a salient weight's state, or moves compact state over to the rows that are salient now."""
-        state = self.state[p]
+        state, rows = self.state[p], p.salient.rows
         if not state:
             kept = p.detach()[rows] if self.compact else p.detach()
             state["step"] = torch.zeros(len(kept), dtype=torch.int32, device=p.device)
@@ -216,7 +219,7 @@ class SalientAdamW(Optimizer):
         for p, i in zip(_params(self.param_groups), _params(state_dict["param_groups"]), strict=True):
             if i not in state_dict["state"]:
                 continue
-            # Optimizer.load_state_dict casts state to the parameter's dtype: that rounds the fp32 moments of bf16 weights.
+            # Optimizer.load_state_dict casts state to the parameter's dtype: fp32 moments of bf16 weights get rounded.
             state = {
                 name: value if name == "step" and value.ndim == 0 else value.to(p.device)
                 for name, value in state_dict["state"][i].items()
@@ -231,8 +234,8 @@ def _params(groups: list[dict[str, Any]]) -> Iterator[Any]:
         yield from group["params"]
 
 
-def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    chunk: list[Tensor] = []
+def _chunks(params: list[Any]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
     for p in params:
         if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK_NUMEL:
             yield chunk

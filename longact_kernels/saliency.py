@@ -31,8 +31,8 @@ class LongAct:
 
     Swaps every `q_proj` and `k_proj` for a `SalientLinear` with the same parameters, collects the magnitude of their
     output channels while the model trains, and owns the salient sets: for each head, the top `density` of its channels.
-    Gradients of the other rows are zero, so any optimizer may follow; `SalientAdamW` also leaves those rows' weights and
-    state untouched.
+    Gradients of the other rows are zero, so any optimizer may follow; `SalientAdamW` also leaves those rows' weights
+    and state untouched.
 
     Args:
         model: a causal language model with separate `q_proj` and `k_proj`; changed in place.
