@@ -213,16 +213,27 @@ class SalientAdamW(Optimizer):
         """Loads what `state_dict` gave, in the dtypes that it was saved in.
 
         Raises:
-            ValueError: if the groups differ, or a salient weight was saved with a set of another size.
+            ValueError: if the groups differ, or the state of a salient weight is of another size or kind; nothing is
+                loaded then.
         """
+        # Groups that differ are for Optimizer.load_state_dict to explain.
+        ids = zip(_params(self.param_groups), _params(state_dict["param_groups"]), strict=False)
+        pairs = [(p, state_dict["state"][i]) for p, i in ids if i in state_dict["state"]]
+        for p, state in pairs:
+            if (salient := salient_channels(p)) is not None:
+                salient.owner.check_state_for(salient, state)
+                if ("rows" in state) != self.compact:
+                    ours, theirs = ("compact", "full") if self.compact else ("full", "compact")
+                    raise ValueError(
+                        f"load_state_dict: {salient.name} was saved with state={theirs!r}, this optimizer has "
+                        f"state={ours!r}"
+                    )
         super().load_state_dict(state_dict)
-        for p, i in zip(_params(self.param_groups), _params(state_dict["param_groups"]), strict=True):
-            if i not in state_dict["state"]:
-                continue
+        for p, state in pairs:
             # Optimizer.load_state_dict casts state to the parameter's dtype: fp32 moments of bf16 weights get rounded.
             state = {
                 name: value if name == "step" and value.ndim == 0 else value.to(p.device)
-                for name, value in state_dict["state"][i].items()
+                for name, value in state.items()
             }
             if (salient := salient_channels(p)) is not None:
                 salient.owner.load_state_for(salient, state)

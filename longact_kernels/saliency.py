@@ -273,7 +273,7 @@ class LongAct:
 
     def state_for(self, salient: SalientChannels) -> dict[str, Tensor]:
         """What resuming needs of one layer, as tensors."""
-        i = list(self._salient()).index(salient)
+        i = list(self.layers).index(salient.name)
         start, end = self._bounds[i]
         state = {
             "salient_steps": torch.tensor(self.steps),
@@ -284,26 +284,33 @@ class LongAct:
         }
         return state if salient.rows is None else {**state, "salient_rows": salient.rows}
 
-    def load_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
-        """Takes back what `state_for` gave.
+    def check_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
+        """Whether `load_state_for` can take a state.
 
         Raises:
-            ValueError: if the state belongs to sets of another size.
+            ValueError: if the state has no salient set, or one of another size.
         """
-        i = list(self._salient()).index(salient)
+        if "salient_steps" not in state:
+            raise ValueError(
+                f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
+                "while LongAct was on the model"
+            )
+        start, end = self._bounds[list(self.layers).index(salient.name)]
+        needed = (end - start) // salient.group * salient.count
+        if (saved := len(state.get("salient_rows", range(needed)))) != needed:
+            raise ValueError(
+                f"load_state_dict: {salient.name} was saved with {saved} salient rows, this LongAct keeps {needed}; "
+                "use the density and scope of the saved run"
+            )
+
+    def load_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_for` gave."""
+        i = list(self.layers).index(salient.name)
         start, end = self._bounds[i]
-        rows = state.get("salient_rows")
-        if rows is not None:
-            needed = (end - start) // salient.group * salient.count
-            if len(rows) != needed:
-                raise ValueError(
-                    f"load_state_dict: {salient.name} was saved with {len(rows)} salient rows, this LongAct keeps "
-                    f"{needed}; use the density and scope of the saved run"
-                )
-            rows = rows.to(self._absmax.device)
         self.steps = int(state["salient_steps"])
         salient.fixed, salient.fed = map(bool, state["salient_flags"].tolist())
-        salient.rows = rows
+        rows = state.get("salient_rows")
+        salient.rows = rows if rows is None else rows.to(self._absmax.device)
         self._absmax[start:end] = state["salient_absmax"]
         self._l2_sum[start:end] = state["salient_l2_sum"]
         self._sequences[i] = state["salient_sequences"]
