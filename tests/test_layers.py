@@ -1,0 +1,85 @@
+"""Imports go one way (CONTRIBUTING.md), and the package imports where its optional companions are absent."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the bottom up; modules in one entry may import one another.
+LAYERS = [
+    {"csrc_triton", "reference"},
+    {"cpu"},
+    {"ops", "budgets", "tune"},
+    {"functional"},
+    {"modules"},
+    {"models"},
+    {"saliency"},
+    {"optim"},
+    {"integrations"},
+    {"rl"},
+    {"cli"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+HEAVY = {"transformers", "trl", "accelerate", "datasets", "rich", "matplotlib", "yaml"}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    tree = ast.parse(path.read_text())
+    # What only the type checker reads may point upward.
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def sources():
+    for path in sorted((ROOT / "longact_kernels").rglob("*.py")):
+        yield path.relative_to(ROOT / "longact_kernels").parts[0].removesuffix(".py"), path
+    for path in sorted((ROOT / "csrc_triton").rglob("*.py")):
+        yield "csrc_triton", path
+
+
+@pytest.mark.parametrize(
+    ("layer", "path"), [(a, b) for a, b in sources() if a != "__init__"], ids=lambda x: str(x)[-40:]
+)
+def test_imports_go_down_only(layer, path):
+    for name in imports_of(path):
+        top, _, rest = name.partition(".")
+        if top == "longact_kernels":
+            target = rest.partition(".")[0]
+            assert LEVEL[target] <= LEVEL[layer], f"{layer} imports {target}"
+        elif top == "csrc_triton":
+            pytest.fail("csrc_triton is imported as longact_kernels.csrc_triton")
+        elif layer == "csrc_triton":
+            assert top == "triton" or top in sys.stdlib_module_names, f"device code imports {name}"
+        elif top in HEAVY:
+            assert LEVEL[layer] >= LEVEL["integrations"], f"{layer} imports {name}"
+
+
+def test_imports_without_companions():
+    blocked = ["triton", "transformers", "trl", "numba", "rich", "matplotlib", "datasets", "accelerate"]
+    code = f"""
+import sys
+for name in {blocked}: sys.modules[name] = None
+import torch
+from longact_kernels import LongAct, SalientAdamW
+model = torch.nn.Module()
+model.head_dim = 4
+model.q_proj = torch.nn.Linear(3, 8)
+longact = LongAct(model)
+optimizer = SalientAdamW(model.parameters(), longact=longact)
+model.q_proj(torch.randn(2, 5, 3)).sum().backward()
+optimizer.step()
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
