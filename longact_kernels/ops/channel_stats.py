@@ -44,16 +44,46 @@ def channel_stats(
 
 @torch.library.custom_op("longact::channel_stats", mutates_args=())
 def _channel_stats(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    return implementation("channel_stats", y, _reference, _reference)(y, mask, cu_seqlens, l2)
+    return implementation("channel_stats", y, _kernel, _reference)(y, mask, cu_seqlens, l2)
 
 
 @_channel_stats.register_fake
 def _(y, mask, cu_seqlens, l2):
     N = y.shape[-1]
-    if not l2:
-        B = 0
-    elif cu_seqlens is not None:
-        B = cu_seqlens.shape[0] - 1
-    else:
-        B = y.shape[:-2].numel()
+    B = _sequences(y, cu_seqlens) if l2 else 0
     return y.new_empty(N, dtype=torch.float32), y.new_empty((B, N), dtype=torch.float32)
+
+
+def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
+    return y.shape[:-2].numel() if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    from longact_kernels.csrc_triton.channel_stats import MERGE, PARTIAL, channel_stats_merge, channel_stats_partial
+
+    B, N = _sequences(y, cu_seqlens), y.shape[-1]
+    T = y.shape[-2] if y.ndim > 1 else 1
+    if packed := cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.int()
+        chunks = 0
+        pieces = -(-T // PARTIAL["CHUNK"]) + B - 1 if B and T else 0
+    else:
+        chunks = -(-T // PARTIAL["CHUNK"])
+        pieces = B * chunks
+    absmax = y.new_empty(N, dtype=torch.int32)
+    sumsq = y.new_empty((B if l2 else 0, N), dtype=torch.float32)
+    if pieces == 0 or N == 0:
+        return absmax.zero_().view(torch.float32), sumsq.zero_()
+
+    y = (y if y.stride(-1) == 1 else y.contiguous()).reshape(1 if packed else B, T, N)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    partial_absmax = y.new_empty((pieces, N), dtype=torch.int32)
+    partial_sumsq = y.new_empty((pieces, N), dtype=torch.float32)
+    with torch.cuda.device_of(y):
+        channel_stats_partial[(pieces, -(-N // PARTIAL["BLOCK_N"]))](
+            y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **PARTIAL
+        )
+        channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
+            partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, N, chunks, **MERGE
+        )
+    return absmax.view(torch.float32), sumsq

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs on a tensor: Triton on a GPU, `longact_kernels.cpu` on a CPU, else the reference."""
+"""Which implementation of an op runs on a tensor: Triton on a GPU, `longact_kernels.cpu` on a CPU, or the reference."""
 
 import functools
 import importlib

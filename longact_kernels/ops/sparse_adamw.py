@@ -1,5 +1,8 @@
 """`longact::sparse_adamw_`: AdamW over the salient rows or columns of many weights at once."""
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -77,9 +80,16 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
     lists = (weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters or weights)
     if len({len(entries) for entries in lists}) > 1:
         raise ValueError(f"sparse_adamw_: lists of one length needed, got {[len(entries) for entries in lists]}")
+    for name, tensors in (("weights", weights), ("grads", grads)):
+        if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
+            raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
     for i, (weight, grad, index) in enumerate(zip(weights, grads, rows, strict=True)):
         if weight.ndim != 2 or weight.dtype not in _FLOATS:
             raise ValueError(f"weights[{i}]: got {weight.dtype} {list(weight.shape)}, needed fp32, fp16 or bf16 [N, K]")
+        if not _has_plain_rows(weight):
+            raise ValueError(
+                f"weights[{i}]: got strides {weight.stride()}, needed elements of a row next to one another"
+            )
         whole, S = weight.shape, index.numel()
         salient = torch.Size((S, whole[1]) if axis == "rows" else (whole[0], S))
         if grad.shape not in (whole, salient) or grad.dtype not in _FLOATS:
@@ -87,10 +97,12 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
             raise ValueError(f"grads[{i}]: got {grad.dtype} {list(grad.shape)}, needed {needed}")
         held = salient if compact else whole
         for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("masters", masters)):
-            if states and (states[i].shape != held or states[i].dtype != torch.float32):
-                raise ValueError(
-                    f"{name}[{i}]: got {states[i].dtype} {list(states[i].shape)}, needed torch.float32 {list(held)}"
-                )
+            if not states:
+                continue
+            state = states[i]
+            if state.shape != held or state.dtype != torch.float32 or not state.is_contiguous():
+                got = f"{state.dtype} {list(state.shape)} with strides {list(state.stride())}"
+                raise ValueError(f"{name}[{i}]: got {got}, needed torch.float32 {list(held)}, contiguous")
         channels = held[0 if axis == "rows" else 1]
         if steps[i].shape != (channels,) or steps[i].dtype != torch.int32:
             raise ValueError(
@@ -121,8 +133,107 @@ def _sparse_adamw_(
     found_inf: Tensor | None,
     seed: int | None,
 ) -> None:
-    run = implementation("sparse_adamw_", weights[0], _reference, _reference)
+    run = implementation("sparse_adamw_", weights[0], _kernel, _reference)
     run(
         weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
         compact, maximize, axis, grad_scale, found_inf, seed,
     )  # fmt: skip
+
+
+@_sparse_adamw_.register_fake
+def _(*args):
+    return None
+
+
+def _kernel(
+    weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
+    compact, maximize, axis, grad_scale, found_inf, seed,
+):  # fmt: skip
+    import triton.language as tl
+
+    from longact_kernels.csrc_triton.sparse_adamw import CONFIGS, FIELDS, sparse_adamw
+
+    device, dtype = weights[0].device, weights[0].dtype
+    grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in grads]
+    grads = [grad if _has_plain_rows(grad) else grad.contiguous() for grad in grads]
+    held = list(zip(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters or weights, strict=True))
+    layout = "columns" if axis == "columns" else "aligned" if all(map(_is_aligned, held)) else "unaligned"
+    config = CONFIGS[layout]
+    lines, programs = [], 0
+    for weight, grad, index, exp_avg, exp_avg_sq, step, master in held:
+        count = index.numel()
+        line = {
+            "weight": weight.data_ptr(),
+            "grad": grad.data_ptr(),
+            "channels": index.data_ptr(),
+            "exp_avg": exp_avg.data_ptr(),
+            "exp_avg_sq": exp_avg_sq.data_ptr(),
+            "steps": step.data_ptr(),
+            "master": master.data_ptr(),
+            "count": count,
+            "length": weight.shape[1 if axis == "rows" else 0],
+            "stride_weight": weight.stride(0),
+            "stride_grad": grad.stride(0),
+            "stride_state": exp_avg.stride(0),
+            "grad_compact": int(grad.shape != weight.shape),
+            "state_compact": int(compact),
+            "first_program": programs,
+        }
+        lines.append(tuple(line[field] for field in FIELDS))
+        programs += -(-count // config["BLOCK_C"])
+    if programs == 0:
+        return
+    table, weight_of = _table(tuple(lines), config["BLOCK_C"], device)
+    scalars = (None if s is None else s.to(device, torch.float32) for s in (lr, grad_scale, found_inf))
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    with torch.cuda.device_of(table):
+        sparse_adamw[(programs,)](
+            table, weight_of, *scalars, _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
+            -1.0 if maximize else 1.0, 0 if seed is None else _signed(seed), int(seed is not None),
+            WEIGHT=types[dtype], GRAD=types[grads[0].dtype], HAS_MASTER=bool(masters), COLUMNS=layout == "columns",
+            ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _table(lines: tuple[tuple[int, ...], ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kernel's table of addresses and sizes, and the table's line that each program works for.
+
+    Kept until an address changes, so that a step neither builds nor copies anything.
+    """
+    from longact_kernels.csrc_triton.sparse_adamw import FIELDS
+
+    counts = torch.tensor([line[FIELDS.index("count")] for line in lines])
+    weight_of = torch.arange(len(lines), dtype=torch.int32).repeat_interleave((counts + block - 1) // block)
+    made = torch.tensor(lines), weight_of
+    if device.type != "cuda":
+        return made
+    # From pinned memory, the copy does not wait for the device.
+    pinned = [tensor.pin_memory() for tensor in made]
+    table = tuple(tensor.to(device, non_blocking=True) for tensor in pinned)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append((pinned, table))
+    return table
+
+
+_captured: list[tuple] = []
+"""Tables that a CUDA graph copies anew, from these addresses, at every replay."""
+
+
+def _has_plain_rows(tensor: Tensor) -> bool:
+    return tensor.stride(1) == 1 or tensor.shape[1] <= 1
+
+
+def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether every row of the matrices among a weight's tensors starts at a multiple of 16 bytes and of 8 elements."""
+    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 for t in matrices)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def _signed(seed: int) -> int:
+    """The low 32 bits of a seed as the int32 with the same bits."""
+    return (seed & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
