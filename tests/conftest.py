@@ -1,12 +1,10 @@
 """Tiny random models that all tests share."""
 
-import os
-
 import pytest
 import torch
 
-# Several test processes share the cores; more threads than cores only wait for one another.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# The models are tiny: threads would only wait for one another.
+torch.set_num_threads(1)
 
 SHAPE = dict(
     vocab_size=64,
@@ -23,7 +21,9 @@ def tiny_model(family: str = "Llama", **changes) -> torch.nn.Module:
     """A randomly initialised causal LM in training mode, the same one at every call; heads of 10 channels."""
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, "head_dim": 10, "attn_implementation": "eager", **changes})
+    config = getattr(transformers, f"{family}Config")(
+        **{**SHAPE, "head_dim": 10, "attn_implementation": "eager", **changes}
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for p in model.parameters():
@@ -45,6 +45,8 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 def backward(model: torch.nn.Module, ids: torch.Tensor, **inputs) -> torch.Tensor:
     """One forward and backward; the loss is a sum, so that gradients of micro-batches add up to the batch's."""
     logits = model(input_ids=ids, **inputs).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+    )
     loss.backward()
     return loss.detach()
