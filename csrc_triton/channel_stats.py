@@ -146,6 +146,7 @@ def variants() -> list[Variant]:
                     divisible=divisible,
                     num_warps=PARTIAL["num_warps"],
                     aligned=aligned,
+                    main=aligned and dtype == "bf16" and not given,
                 )
             )
         if not masked:
@@ -164,6 +165,7 @@ def variants() -> list[Variant]:
                     divisible=pointers if aligned else (),
                     num_warps=MERGE["num_warps"],
                     aligned=aligned,
+                    main=aligned and not given,
                 )
             )
     return found

@@ -211,6 +211,7 @@ def variants() -> list[Variant]:
                 divisible=("table_ptr", "weight_of_ptr", "lr_ptr"),
                 num_warps=config["num_warps"],
                 aligned=layout == "aligned",
+                main=master and weight == grad == "bf16" and layout != "unaligned",
             )
         )
     return found

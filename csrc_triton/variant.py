@@ -17,8 +17,11 @@ class Variant:
         num_warps: warps a program.
         num_stages: software pipeline depth.
         aligned: whether the budgets demand 128-bit accesses of it.
+        main: whether `longact kernels` shows it where it shows one variant a function.
         memory_bound: whether they demand 50% occupancy, and issue time within half the memory time.
         tensor_core: whether they demand a tensor-core instruction.
+        options: further options of `triton.compile`.
+        targets: the targets it is launched on, such as ("sm_80", "sm_90"); all if empty.
     """
 
     kernel: str
@@ -30,6 +33,8 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     aligned: bool = False
+    main: bool = False
     memory_bound: bool = True
     tensor_core: bool = False
+    targets: tuple[str, ...] = ()
     options: dict[str, object] = field(default_factory=dict)

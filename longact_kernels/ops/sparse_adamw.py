@@ -210,7 +210,7 @@ def _table(lines: tuple[tuple[int, ...], ...], block: int, device: torch.device)
         return made
     # From pinned memory, the copy does not wait for the device.
     pinned = [tensor.pin_memory() for tensor in made]
-    table = tuple(tensor.to(device, non_blocking=True) for tensor in pinned)
+    table = pinned[0].to(device, non_blocking=True), pinned[1].to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
         _captured.append((pinned, table))
     return table
