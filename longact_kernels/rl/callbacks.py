@@ -1,0 +1,149 @@
+"""What happens around the trainer's steps: progress on the screen, `metrics.jsonl`, a graceful Ctrl-C."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with elapsed and remaining time, and the task's `note` field behind its name."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        # Steps are long: an estimate from the last 30 seconds, rich's default, would see one of them or none.
+        speed_estimate_period=3600,
+        disable=not console.is_terminal,
+    )
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one line of JSON to `metrics.jsonl` at each log, with the seconds a step took and tokens per second.
+
+    Args:
+        path: the file; what it holds of steps after `resumed_step` is dropped, since they are taken again.
+        resumed_step: the step of the checkpoint that the run goes on from; 0 for a new run.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0):
+        self.path = path
+        self.steps = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        kept = [record for record in read_metrics(path) if record["step"] <= resumed_step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tokens = state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs or not state.is_world_process_zero:
+            return
+        logs["seconds_per_step"] = self.seconds / self.steps
+        logs["tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds
+        self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a `metrics.jsonl`; none if there is no file. A last line that was cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar that moves with every micro-batch; a line a log where there is no terminal.
+
+    It reads the `tokens_per_second` that `MetricsFile` puts into the logs, so it comes after it.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = progress_bar(console)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.start()
+        self.row = self.bar.add_task(
+            "training",
+            total=state.max_steps * args.gradient_accumulation_steps,
+            completed=state.global_step * args.gradient_accumulation_steps,
+            note=f"step {state.global_step}/{state.max_steps}",
+        )
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.bar.advance(self.row)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.advance(self.row)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:
+            return
+        note = (
+            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "
+            f"{logs['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.bar.update(self.row, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"{note}  {logs['seconds_per_step']:.1f} s")
+
+
+class GracefulInterrupt(TrainerCallback):
+    """Inside its `with` block, Ctrl-C ends training after the step under way, with a checkpoint.
+
+    A second Ctrl-C, and the first one while no step is under way, raises `KeyboardInterrupt` at once.
+
+    Attributes:
+        asked: whether Ctrl-C came during a step.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.in_step = False
+        self.asked = False
+
+    def __enter__(self) -> "GracefulInterrupt":
+        self.previous = signal.signal(signal.SIGINT, self.on_signal)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_signal(self, number: int, frame: FrameType | None):
+        if self.asked or not self.in_step:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("Finishing this step, then saving a checkpoint. Ctrl-C again stops at once.")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.in_step = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,85 @@
+"""The folder of a run: whose it is, what it remembers for resuming, where its last checkpoint lies."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longact_kernels import LongAct
+from longact_kernels.rl.arguments import TrainArguments
+from longact_kernels.rl.evaluate import Evaluation
+
+
+class RunFolder:
+    """A run's `output_dir`.
+
+    Args:
+        path: need not exist; nothing is written before `begin`.
+        arguments: of the run that is about to begin or go on.
+
+    Raises:
+        ValueError: the folder holds another run, or none where one is to be resumed.
+    """
+
+    def __init__(self, path: str, arguments: TrainArguments):
+        self.path = Path(path)
+        self.arguments = arguments
+        self.metrics = self.path / "metrics.jsonl"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir: {path} is a file; name another output_dir")
+        if not arguments.resume:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(
+                    f"output_dir: {path} is not empty; go on with the run in it by --resume, or name another output_dir"
+                )
+            return
+        try:
+            held = json.loads((self.path / "run.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"output_dir: {path} holds no run to resume") from error
+        for key, wanted in arguments.what_is_trained().items():
+            if held.get(key) != wanted:
+                raise ValueError(
+                    f"output_dir: {path} holds another run, with {key} {held.get(key)!r} instead of {wanted!r}; "
+                    "resume with the same settings, or name another output_dir"
+                )
+
+    def begin(self) -> None:
+        """Makes the folder this run's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "run.json").write_text(json.dumps(self.arguments.what_is_trained(), indent=2))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last complete checkpoint; the trainer writes its state into it last of all."""
+        complete = (state.parent for state in self.path.glob("checkpoint-*/trainer_state.json"))
+        return max(complete, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+
+    @property
+    def checkpoint_step(self) -> int:
+        """The step of the last complete checkpoint; 0 without one."""
+        return int(self.checkpoint.name.partition("-")[2]) if self.checkpoint else 0
+
+    def evaluation(self, when: str, compute: Callable[[], Evaluation]) -> Evaluation:
+        """The evaluation of that name, computed and kept if an earlier part of the run did not do so."""
+        path = self.path / f"accuracy_{when}.json"
+        if not path.is_file():
+            result = compute()
+            path.write_text(json.dumps({"rewards": result.rewards, "completions": result.completions}))
+        return Evaluation(**json.loads(path.read_text()))
+
+    def saliency(self, longact: LongAct) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer, the saliency that the set was last chosen from, and the set; kept for a run resumed at its end."""
+        path = self.path / "saliency.safetensors"
+        found = {}
+        for name, layer in longact.layers.items():
+            if (saliency := longact.saliency(name)) is not None:
+                found[f"{name}.saliency"] = saliency.cpu().contiguous()
+                found[f"{name}.rows"] = layer.salient.rows.cpu()
+        if found:
+            save_file(found, path)
+        kept = load_file(path) if path.is_file() else {}
+        names = [key.removesuffix(".saliency") for key in kept if key.endswith(".saliency")]
+        return {name: (kept[f"{name}.saliency"], kept[f"{name}.rows"]) for name in longact.layers if name in names}

@@ -1,0 +1,153 @@
+"""`longact train`: checks everything, then evaluates, trains, evaluates again and writes the report."""
+
+import shlex
+import sys
+
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers.utils import logging
+from trl import GRPOConfig
+
+from longact_kernels import LongAct
+from longact_kernels.integrations.transformers import load_model
+from longact_kernels.integrations.trl import LongActGRPOTrainer
+from longact_kernels.rl.arguments import TrainArguments, parse
+from longact_kernels.rl.callbacks import GracefulInterrupt, MetricsFile, TrainingProgress, progress_bar, read_metrics
+from longact_kernels.rl.evaluate import Evaluation, evaluate
+from longact_kernels.rl.folder import RunFolder
+from longact_kernels.rl.report import summarize, summary_table, write_report
+from longact_kernels.rl.rewards import string_match
+from longact_kernels.rl.tasks import build_dataset
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def train(argv: list[str]) -> int:
+    """Runs `longact train` with these arguments; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        run = Run(*parse(argv), Console())
+    except ValueError as error:
+        print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        with run.interrupt:
+            before = run.folder.evaluation("before", lambda: run.evaluate("before"))
+            run.train()
+        if not run.interrupt.asked:
+            run.finish(before, run.evaluate("after"))
+            return 0
+    except KeyboardInterrupt:
+        pass
+    command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
+    run.console.print(
+        f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with\n{command}"
+    )
+    return INTERRUPTED
+
+
+class Run:
+    """One run of the driver: a model, its trainer, its folder.
+
+    Args:
+        arguments, training: of `parse`.
+        console: where the user looks.
+
+    Raises:
+        ValueError: anything that is wrong with the arguments; no run has been touched then.
+    """
+
+    def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
+        self.arguments, self.training, self.console = arguments, training, console
+        self.folder = RunFolder(training.output_dir, arguments)
+        self.interrupt = GracefulInterrupt(console)
+        self.progress = TrainingProgress(console)
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        with console.status(f"loading {arguments.model}"):
+            self.model, self.tokenizer = load_model(arguments.model, **(training.model_init_kwargs or {}))
+            self.longact = build_longact(self.model, arguments)
+            self.held_out = self.prompts("test", arguments.eval_prompts)
+            self.trainer = LongActGRPOTrainer(
+                longact=self.longact,
+                optimizer_state=arguments.state,
+                model=self.model,
+                args=training,
+                reward_funcs=string_match,
+                train_dataset=Dataset.from_list(self.prompts("train", arguments.train_prompts)),
+                processing_class=self.tokenizer,
+            )
+        self.folder.begin()
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.remove_callback(ProgressCallback)
+        for callback in (
+            MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
+            self.progress,
+            self.interrupt,
+        ):
+            self.trainer.add_callback(callback)
+
+    def prompts(self, split: str, count: int) -> list[dict]:
+        return build_dataset(
+            self.arguments.task,
+            self.tokenizer,
+            split=split,
+            count=count,
+            seed=self.arguments.task_seed,
+            length=self.arguments.length,
+            needles=self.arguments.needles,
+        )
+
+    def evaluate(self, when: str) -> Evaluation:
+        with progress_bar(self.console) as bar:
+            row = bar.add_task(f"accuracy {when}", total=len(self.held_out), note=f"{len(self.held_out)} prompts")
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                self.held_out,
+                string_match,
+                max_completion_length=self.training.max_completion_length,
+                eos_token_id=self.trainer.eos_token_ids,
+                batch_size=self.training.per_device_eval_batch_size,
+                advance=lambda count: bar.advance(row, count),
+            )
+        self.console.print(f"held-out accuracy {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}")
+        return result
+
+    def train(self) -> None:
+        checkpoint = self.folder.checkpoint
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.progress.bar.stop()
+
+    def finish(self, before: Evaluation, after: Evaluation) -> None:
+        """Saves the model as an ordinary checkpoint, and writes and shows the report."""
+        saliency = {}
+        state_bytes = None
+        if self.longact is not None:
+            saliency = self.folder.saliency(self.longact)
+            state_bytes = self.trainer.optimizer.optimizer.salient_state_bytes()
+            self.longact.restore()
+        self.model.save_pretrained(self.folder.path / "model")
+        self.tokenizer.save_pretrained(self.folder.path / "model")
+        metrics = read_metrics(self.folder.metrics)
+        summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
+        write_report(self.folder.path, summary, metrics, saliency, self.held_out, before, after)
+        self.console.print(summary_table(summary))
+        self.console.print(f"report  {self.folder.path / 'report.html'}\nmodel   {self.folder.path / 'model'}")
+
+
+def build_longact(model: PreTrainedModel, arguments: TrainArguments) -> LongAct | None:
+    """The controller that the arguments ask for; `None` with `--no-longact`."""
+    if not arguments.longact:
+        return None
+    return LongAct(
+        model,
+        density=arguments.density,
+        statistic=arguments.statistic,
+        scope=arguments.scope,
+        selection=arguments.selection,
+        refresh_every=arguments.refresh_every,
+    )
