@@ -1,0 +1,168 @@
+"""What numba has no word for: raw addresses, bit casts, an atomic counter, and a few operations on whole vectors."""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I32 = ir.IntType(32)
+_F32 = ir.FloatType()
+
+
+@intrinsic
+def next_task(typingctx, counter):
+    """The value of an int64 counter, which it raises by one: no two threads get the same."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+def _pointer(element):
+    @intrinsic
+    def pointer(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), codegen
+
+    return pointer
+
+
+int32_at = _pointer(types.int32)
+int64_at = _pointer(types.int64)
+uint8_at = _pointer(types.uint8)
+uint16_at = _pointer(types.uint16)
+uint32_at = _pointer(types.uint32)
+float32_at = _pointer(types.float32)
+float64_at = _pointer(types.float64)
+
+
+@intrinsic
+def advance(typingctx, pointer, elements):
+    """The pointer that many elements on."""
+
+    def codegen(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+def _load(builder, pointer, lanes):
+    element = pointer.type.pointee
+    vector = builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
+    return builder.load(vector, align=element.width // 8 if isinstance(element, ir.IntType) else 4)
+
+
+def _store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=pointer.type.pointee.width // 8)
+
+
+def _masked(builder, pointers, keeps, lanes):
+    """The bits that the keep masks leave of one vector of every token."""
+    for pointer, keep in zip(pointers, keeps, strict=True):
+        bits = _load(builder, pointer, lanes)
+        first = builder.insert_element(ir.Constant(bits.type, ir.Undefined), keep, ir.Constant(_I32, 0))
+        splat = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+        yield builder.and_(bits, splat)
+
+
+def _tree(builder, combine, values):
+    values = list(values)
+    while len(values) > 1:
+        values = [combine(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def absmax_of_four(lanes):
+    """Makes `f(acc, y0, y1, y2, y3, k0, k1, k2, k3)`: acc = max(acc, y & k), unsigned, over `lanes` channels."""
+
+    @intrinsic
+    def absmax(typingctx, acc, y0, y1, y2, y3, k0, k1, k2, k3):
+        def codegen(context, builder, signature, args):
+            def larger(a, b):
+                return builder.select(builder.icmp_unsigned(">", a, b), a, b)
+
+            new = _tree(builder, larger, _masked(builder, args[1:5], args[5:], lanes))
+            _store(builder, larger(_load(builder, args[0], lanes), new), args[0])
+            return context.get_dummy_value()
+
+        return types.void(acc, y0, y1, y2, y3, k0, k1, k2, k3), codegen
+
+    return absmax
+
+
+def squares_of_four(lanes):
+    """Makes `f(acc, y0, …, k3)`: acc += the squares of fp32 (or, from uint16, bf16) numbers, over `lanes` channels."""
+
+    @intrinsic
+    def squares(typingctx, acc, y0, y1, y2, y3, k0, k1, k2, k3):
+        def codegen(context, builder, signature, args):
+            def square(bits):
+                if bits.type.element.width == 16:
+                    wide = ir.VectorType(_I32, lanes)
+                    bits = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * lanes))
+                number = builder.bitcast(bits, ir.VectorType(_F32, lanes))
+                return builder.fmul(number, number)
+
+            new = _tree(builder, builder.fadd, map(square, _masked(builder, args[1:5], args[5:], lanes)))
+            target = builder.bitcast(args[0], ir.VectorType(_F32, lanes).as_pointer())
+            builder.store(builder.fadd(builder.load(target, align=4), new), target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(acc, y0, y1, y2, y3, k0, k1, k2, k3), codegen
+
+    return squares
+
+
+@intrinsic
+def float_of(typingctx, bits):
+    """The fp32 number of these bits: uint32 holds fp32, uint16 holds bf16."""
+
+    def codegen(context, builder, signature, args):
+        word = args[0]
+        if signature.args[0] == types.uint16:
+            word = builder.shl(builder.zext(word, _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(word, _F32)
+
+    return types.float32(bits), codegen
+
+
+@intrinsic
+def bf16_of(typingctx, number):
+    """The bits of the bf16 number nearest to an fp32 number, ties to even."""
+
+    def codegen(context, builder, signature, args):
+        def word(value):
+            return ir.Constant(_I32, value)
+
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        nearest = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, word(0x7FC0), nearest), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """`a * b + c` of fp32 numbers, rounded once."""
+
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32] * 3), "llvm.fma.f32")
+        return builder.call(function, args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def sqrt(typingctx, a):
+    """The fp32 square root, correctly rounded."""
+
+    def codegen(context, builder, signature, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32]), "llvm.sqrt.f32")
+        return builder.call(function, args)
+
+    return types.float32(types.float32), codegen

@@ -1,0 +1,225 @@
+"""AdamW on salient rows or columns of many weights in one parallel run.
+
+The operations are those of `torch.optim.AdamW`, except that its two divisions are one. Moments have its bits; weights
+differ in the last one or two.
+"""
+
+import math
+
+import numpy as np
+from numba import float32, njit
+
+from longact_kernels.cpu.native import compile_kernel
+from longact_kernels.cpu.native.intrinsics import (
+    advance,
+    bf16_of,
+    float32_at,
+    float64_at,
+    float_of,
+    fma,
+    int32_at,
+    int64_at,
+    next_task,
+    sqrt,
+    uint16_at,
+)
+
+# Elements worked on at a time: the fp32 vectors of that many stay in the first-level cache.
+_BLOCK = 1024
+# Neighbouring columns that share a cache line, of which either all are read and written or none.
+_LINE = 16
+# int64 words that describe one weight; see `longact_kernels.cpu.sparse_adamw`, which writes them.
+_WORDS = 21
+
+
+@njit(error_model="numpy")
+def _factors(tau, scalars):
+    """What is left of the bias corrections c1 = 1 - beta1^τ and c2 = sqrt(1 - beta2^τ): lr * c2 / c1 and eps * c2."""
+    c2 = math.sqrt(1.0 - math.pow(scalars[2], tau))
+    return float32(scalars[0] * c2 / (1.0 - math.pow(scalars[1], tau))), float32(scalars[3] * c2)
+
+
+@njit(error_model="numpy")
+def _constants(scalars):
+    lr, beta1, beta2, decay = scalars[0], scalars[1], scalars[2], scalars[4]
+    return float32(1.0 - lr * decay), float32(1.0 - beta1), float32(beta2), float32(1.0 - beta2)
+
+
+@njit(error_model="numpy")
+def _moments(g, m, v, weight1, beta2, weight2):
+    # torch.lerp starts from the nearer end, and ATen's products are contracted with the sums that take them.
+    m = fma(weight1, g - m, m) if weight1 < float32(0.5) else fma(weight1 - float32(1.0), g - m, g)
+    return m, fma(weight2 * g, g, v * beta2)
+
+
+@njit(error_model="numpy")
+def _read(source, is_bf16, start, count, buffer, scale, sign):
+    """`count` numbers from `start` on, as fp32: where they lie if nothing changes them, else in `buffer`."""
+    if is_bf16:
+        half = advance(uint16_at(source), start)
+        for k in range(count):
+            buffer[k] = float_of(half[k])
+    else:
+        single = advance(float32_at(source), start)
+        if scale == 0 and sign > 0:
+            return single
+        for k in range(count):
+            buffer[k] = single[k]
+    if scale != 0:
+        for k in range(count):
+            buffer[k] /= scale
+    if sign < 0:
+        for k in range(count):
+            buffer[k] = -buffer[k]
+    return buffer
+
+
+@compile_kernel
+def rows(args):
+    """Args: table of weights, scalars, weight number, first and end slot of every task, flag of a wrong index."""
+    table, scalars = int64_at(args[2]), float64_at(args[3])
+    decay, weight1, beta2, weight2 = _constants(scalars)
+    divisor, sign = float32(scalars[5]), float32(scalars[6])
+    scratch = np.empty(2 * _BLOCK, np.float32)
+    w_buffer = float32_at(scratch.ctypes.data)
+    g_buffer = advance(w_buffer, _BLOCK)
+    last_tau = 0
+    step_size, floor = float32(0.0), float32(0.0)
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        entry = advance(table, int64_at(args[4])[task] * _WORDS)
+        weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
+        exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
+        master, master_stride, step, index = entry[8], entry[9], int32_at(entry[10]), int64_at(entry[11])
+        N, K = entry[12], entry[13]
+        weight_is_bf16, grad_is_bf16, compact, compact_grad = entry[14], entry[15], entry[16], entry[17]
+        for slot in range(int64_at(args[5])[task], int64_at(args[6])[task]):
+            row = index[slot]
+            if row < 0 or row >= N:
+                args[7] = 1
+                continue
+            state = slot if compact else row
+            tau = step[state] + 1
+            step[state] = tau
+            if tau != last_tau:
+                step_size, floor = _factors(tau, scalars)
+                last_tau = tau
+            for k0 in range(0, K, _BLOCK):
+                count = min(_BLOCK, K - k0)
+                here = row * weight_stride + k0
+                grad_here = (slot if compact_grad else row) * grad_stride + k0
+                g = _read(grad, grad_is_bf16, grad_here, count, g_buffer, divisor, sign)
+                if master != 0:
+                    w = advance(float32_at(master), state * master_stride + k0)
+                else:
+                    w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
+                m = advance(float32_at(exp_avg), state * exp_avg_stride + k0)
+                v = advance(float32_at(exp_avg_sq), state * exp_avg_sq_stride + k0)
+                for k in range(count):
+                    m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
+                    m[k], v[k] = m_new, v_new
+                    w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
+                if weight_is_bf16:
+                    half = advance(uint16_at(weight), here)
+                    for k in range(count):
+                        half[k] = bf16_of(w[k])
+                elif master != 0:
+                    single = advance(float32_at(weight), here)
+                    for k in range(count):
+                        single[k] = w[k]
+
+
+@compile_kernel
+def column_factors(args):
+    """One task a weight: raises τ of its salient columns, and fills its step sizes, floors (-1 where a column is not
+    salient) and runs of neighbouring lines with salient columns: their number, then first and end column of each."""
+    table, scalars = int64_at(args[2]), float64_at(args[3])
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        entry = advance(table, task * _WORDS)
+        step, index, K, S = int32_at(entry[10]), int64_at(entry[11]), entry[13], entry[18]
+        step_size = float32_at(entry[19])
+        floor = advance(step_size, K)
+        for k in range(K):
+            step_size[k], floor[k] = float32(0.0), float32(-1.0)
+        last_tau = 0
+        for slot in range(S):
+            k = index[slot]
+            if k < 0 or k >= K:
+                args[7] = 1
+                break
+            tau = step[k] + 1
+            step[k] = tau
+            if tau != last_tau:
+                factors = _factors(tau, scalars)
+                last_tau = tau
+            step_size[k], floor[k] = factors
+        runs = int64_at(entry[20])
+        count, open_run = 0, False
+        for line in range(0, K, _LINE):
+            end = min(line + _LINE, K)
+            salient = False
+            for k in range(line, end):
+                salient |= floor[k] >= 0
+            if salient:
+                if not open_run:
+                    count += 1
+                    runs[2 * count - 1] = line
+                runs[2 * count] = end
+            open_run = salient
+        runs[0] = count
+
+
+@compile_kernel
+def columns(args):
+    """As `rows`, after `column_factors`; a task has rows of the weight from first to end."""
+    table, scalars = int64_at(args[2]), float64_at(args[3])
+    decay, weight1, beta2, weight2 = _constants(scalars)
+    divisor, sign = float32(scalars[5]), float32(scalars[6])
+    scratch = np.empty(2 * _BLOCK, np.float32)
+    w_buffer = float32_at(scratch.ctypes.data)
+    g_buffer = advance(w_buffer, _BLOCK)
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        entry = advance(table, int64_at(args[4])[task] * _WORDS)
+        weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
+        exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
+        master, master_stride, K, weight_is_bf16, grad_is_bf16 = entry[8], entry[9], entry[13], entry[14], entry[15]
+        step_sizes, runs = float32_at(entry[19]), int64_at(entry[20])
+        for row in range(int64_at(args[5])[task], int64_at(args[6])[task]):
+            for run in range(runs[0]):
+                end = runs[2 * run + 2]
+                for k0 in range(runs[2 * run + 1], end, _BLOCK):
+                    count = min(_BLOCK, end - k0)
+                    here = row * weight_stride + k0
+                    g = _read(grad, grad_is_bf16, row * grad_stride + k0, count, g_buffer, divisor, sign)
+                    if master != 0:
+                        w = advance(float32_at(master), row * master_stride + k0)
+                    else:
+                        w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
+                    m = advance(float32_at(exp_avg), row * exp_avg_stride + k0)
+                    v = advance(float32_at(exp_avg_sq), row * exp_avg_sq_stride + k0)
+                    step_size = advance(step_sizes, k0)
+                    floor = advance(step_size, K)
+                    # Two loops, since LLVM checks only so many pairs of pointers for overlap before it vectorises.
+                    for k in range(count):
+                        m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
+                        m[k] = m_new if floor[k] >= 0 else m[k]
+                        v[k] = v_new if floor[k] >= 0 else v[k]
+                    for k in range(count):
+                        w_new = w[k] * decay - m[k] * step_size[k] / (sqrt(v[k]) + floor[k])
+                        w[k] = w_new if floor[k] >= 0 else w[k]
+                    if weight_is_bf16:
+                        half = advance(uint16_at(weight), here)
+                        for k in range(count):
+                            half[k] = bf16_of(w[k]) if floor[k] >= 0 else half[k]
+                    elif master != 0:
+                        single = advance(float32_at(weight), here)
+                        for k in range(count):
+                            single[k] = w[k] if floor[k] >= 0 else single[k]
