@@ -1,9 +1,9 @@
-"""One `torch.library` op a kernel: argument checks, allocation, and dispatch to Triton, the CPU code or the reference."""
+"""One `torch.library` op a kernel: checks, allocation, and dispatch to Triton, the CPU code or the reference."""
 
 from longact_kernels.ops.channel_stats import channel_stats
 from longact_kernels.ops.linear_stats import linear_stats
-from longact_kernels.ops.refresh import carry, select
+from longact_kernels.ops.refresh import carry_, select
 from longact_kernels.ops.salient_wgrad import salient_wgrad
 from longact_kernels.ops.sparse_adamw import sparse_adamw_
 
-__all__ = ["carry", "channel_stats", "linear_stats", "salient_wgrad", "select", "sparse_adamw_"]
+__all__ = ["carry_", "channel_stats", "linear_stats", "salient_wgrad", "select", "sparse_adamw_"]

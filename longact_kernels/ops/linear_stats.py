@@ -1,9 +1,19 @@
 """`longact::linear_stats`: a linear projection and the channel statistics of its output."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from longact_kernels.ops import impl_table
 from longact_kernels.ops.channel_stats import channel_stats
+from longact_kernels.ops.device import matmul_precision, target
+from longact_kernels.ops.dispatch import runs_triton
+
+# The smallest magnitude that rounds to infinity.
+_OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}
+# Below this many tokens a sequence, its partly empty last tile costs too much.
+_FUSED_TOKENS = 1024
 
 
 def linear_stats(
@@ -13,17 +23,126 @@ def linear_stats(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     l2: bool = True,
+    impl: Literal["auto", "fused", "separate"] = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`y = F.linear(x, weight, bias)` and `channel_stats(y, mask, cu_seqlens, l2)`.
+    """A linear projection and the channel statistics of its output.
+
+    Equivalent torch code::
+
+        y = F.linear(x, weight, bias)
+        absmax, sumsq = channel_stats(y, mask, cu_seqlens, l2)
+
+    "separate" is just that. "fused" is one kernel that takes the statistics from the product's fp32 accumulator, before
+    it is rounded to y's dtype, so that they cost no memory traffic: `absmax` rounded to y's dtype is exactly the
+    largest magnitude in y, and channels that rounding would tie keep their order; `sumsq` differs from that of y by its
+    rounding, at most 2⁻⁷ (bf16) or 2⁻¹⁰ (fp16) of it. What overflows in y is infinite in the statistics.
 
     Args:
-        x: [..., T, K].
-        weight: [N, K].
+        x: [..., T, K] in fp32, fp16 or bf16.
+        weight: [N, K], of x's dtype.
         bias: [N] or None.
         mask, cu_seqlens, l2: as in :func:`longact_kernels.ops.channel_stats`.
+        impl: "auto" takes the faster one for the GPU and the shape: as `longact tune` measured it on this machine,
+            else as the roofline predicts it. On a CPU it is "separate".
 
     Returns:
-        y [..., T, N], absmax fp32 [N], sumsq fp32 [B, N].
+        y [..., T, N], absmax fp32 [N], sumsq fp32 [B, N] ([0, N] if not `l2`).
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, naming the argument; for "fused" where no kernel can run.
     """
+    if impl not in ("auto", "fused", "separate"):
+        raise ValueError(f"impl: got {impl!r}, needed 'auto', 'fused' or 'separate'")
+    if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x, weight: got {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, "
+            "needed [..., T, K] and [N, K] of one dtype"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got {list(bias.shape)}, needed [{len(weight)}]")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(x.shape[:-1])}, one value a token of x"
+        )
+    if cu_seqlens is not None and x.ndim != 2:
+        raise ValueError(f"cu_seqlens: goes with packed x of shape [tokens, K], got x {list(x.shape)}")
+    if impl == "fused" and x.dtype not in _OVERFLOW:
+        raise ValueError(f"impl: 'fused' takes fp32, fp16 and bf16, got x in {x.dtype}; use impl='separate'")
+    if impl == "fused" and not x.device.type == "meta" and not runs_triton(x):
+        raise ValueError(
+            f"impl: 'fused' needs tensors on a CUDA or ROCm GPU and triton, got {x.device}; use impl='auto'"
+        )
+    return _linear_stats(x, weight, bias, mask, cu_seqlens, l2, impl)
+
+
+@torch.library.custom_op("longact::linear_stats", mutates_args=())
+def _linear_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if (_choose(x, weight, cu_seqlens) if impl == "auto" else impl) == "fused":
+        return _fused(x, weight, bias, mask, cu_seqlens, l2)
     y = torch.nn.functional.linear(x, weight, bias)
     return y, *channel_stats(y, mask, cu_seqlens, l2)
+
+
+@_linear_stats.register_fake
+def _(x, weight, bias, mask, cu_seqlens, l2, impl):
+    N = weight.shape[0]
+    if not l2:
+        B = 0
+    elif cu_seqlens is not None:
+        B = cu_seqlens.shape[0] - 1
+    else:
+        B = x.shape[:-2].numel()
+    return x.new_empty(*x.shape[:-1], N), *(x.new_empty(shape, dtype=torch.float32) for shape in ((N,), (B, N)))
+
+
+def _choose(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> impl_table.Impl:
+    tokens = x.shape[-2] if cu_seqlens is None else len(x) // max(1, len(cu_seqlens) - 1)
+    if not (x.is_cuda and runs_triton(x)) or x.dtype not in _OVERFLOW or tokens < _FUSED_TOKENS:
+        return "separate"
+    gpu, dtype = torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch.")
+    M = x.shape[:-1].numel()
+    return impl_table.choose(impl_table.measured(), gpu, target(x.device), dtype, M, *weight.shape)
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from longact_kernels.csrc_triton.linear_stats import launch_config, linear_stats_kernel
+
+    (N, K), T = weight.shape, x.shape[-2]
+    y = x.new_empty(*x.shape[:-1], N)
+    # The statistic's bits: see the kernel.
+    absmax = torch.zeros(N, dtype=torch.int32, device=x.device)
+    x2 = x.reshape(-1, K)
+    x2, weight = (t if t.stride(1) == 1 or K == 1 else t.contiguous() for t in (x2, weight))
+    mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
+    M = len(x2)
+    aligned = all(size % 16 == 0 for size in (N, K, x2.stride(0), weight.stride(0)))
+    config = launch_config(target(x.device), x.itemsize, aligned)
+    BLOCK_M = config["BLOCK_M"]
+    if cu_seqlens is None:
+        B = x.shape[:-2].numel()
+        num_pid_m = B * -(-T // BLOCK_M)
+    else:
+        B = len(cu_seqlens) - 1
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        num_pid_m = -(-M // BLOCK_M) + B + 1
+    partial = x.new_empty((num_pid_m, N), dtype=torch.float32) if l2 else None
+    if M and N:
+        linear_stats_kernel[(num_pid_m * -(-N // config["BLOCK_N"]),)](
+            x2, weight, bias, y, mask, cu_seqlens, absmax, partial,
+            M, N, K, T, B, num_pid_m, x2.stride(0), weight.stride(0),
+            OVERFLOW=_OVERFLOW[x.dtype], EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=matmul_precision(x), **config,
+        )  # fmt: skip
+    if partial is None:
+        sumsq = x.new_zeros((0, N), dtype=torch.float32)
+    elif cu_seqlens is None:
+        sumsq = partial.view(B, num_pid_m // max(B, 1), N).sum(1)
+    else:
+        # Sequence b has the tiles cu_seqlens[b] // BLOCK_M + b + 1 up to those of b + 1, a tile without tokens among
+        # them.
+        first = cu_seqlens // BLOCK_M + torch.arange(1, B + 2, dtype=torch.int32, device=x.device)
+        sumsq = torch.segment_reduce(partial, "sum", offsets=first.long(), axis=0, unsafe=True, initial=0)
+    return y, absmax.view(torch.float32), sumsq

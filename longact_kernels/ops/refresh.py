@@ -1,39 +1,183 @@
 """Choosing the salient set, and carrying compact optimizer state over to it: fixed shapes, nothing read on the host."""
 
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 from torch import Tensor
 
+from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference import refresh as _reference
 
 
-def select(saliency: Tensor, group: int, count: int) -> Tensor:
-    """The indices of the `count` largest values in every run of `group` values; of equal values the lower index wins.
+def select(saliency: Tensor, group: int | Sequence[int], count: int | Sequence[int]) -> Tensor:
+    """The indices of the largest values in every group of neighbouring channels; of equal values the lower index wins.
+
+    Equivalent torch code for one group (`topk` promises no order among equals)::
+
+        saliency.sort(descending=True, stable=True).indices[:count].sort().values
+
+    NaN ranks above Inf, and so is always chosen; whoever would rather not choose by it looks for it before.
 
     Args:
-        saliency: fp32 [n], n a multiple of `group`; several layers may lie one after the other.
-        group: values that compete with one another: `head_dim` for scope "head", the layer's N for scope "layer".
-        count: how many to choose in each group.
+        saliency: fp32 [n]; several layers may lie one after the other.
+        group: how many values compete with one another: `head_dim` for scope "head", a layer's N for scope "layer"; or
+            the sizes of all groups in their order, which may differ.
+        count: how many to choose in each group, or in each of the sizes.
 
     Returns:
-        int64 [n // group * count], ascending.
+        int64 indices into `saliency`, ascending; as many as the counts add up to.
 
     Raises:
-        ValueError: if `saliency` does not divide into groups, or `count` is not in 1..group.
+        ValueError: if `saliency` does not divide into such groups, or a count is not in 1..group.
     """
-    if saliency.numel() % group or not 1 <= count <= group:
-        raise ValueError(f"select: cannot choose {count} of every {group} among {saliency.numel()} channels")
-    return _reference.select(saliency, group, count)
+    groups = [group] if isinstance(group, int) else list(group)
+    counts = [count] * len(groups) if isinstance(count, int) else list(count)
+    n = saliency.numel()
+    fits = n % group == 0 if isinstance(group, int) else n == sum(groups)
+    if not fits or len(counts) != len(groups) or not all(1 <= c <= g for g, c in zip(groups, counts, strict=False)):
+        raise ValueError(f"select: cannot choose {count} of every {group} among {n} channels")
+    if saliency.ndim != 1 or saliency.dtype != torch.float32:
+        raise ValueError(f"saliency: got {saliency.dtype} {list(saliency.shape)}, needed torch.float32 [n]")
+    return _select(saliency, groups, counts)
 
 
-def carry(states: list[Tensor], old: Tensor, new: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Moves compact state from the old salient set to the new one.
+@torch.library.custom_op("longact::select", mutates_args=())
+def _select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
+    """A single size stands for all groups."""
+    return implementation("select", saliency, _select_kernel, _reference.select)(saliency, groups, counts)
+
+
+@_select.register_fake
+def _(saliency, groups, counts):
+    chosen = saliency.shape[0] // groups[0] * counts[0] if len(groups) == 1 else sum(counts)
+    return saliency.new_empty(chosen, dtype=torch.int64)
+
+
+def _select_kernel(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
+    from longact_kernels.csrc_triton.refresh import SELECT_CONFIG, select_kernel
+
+    if len(groups) == 1:
+        times = saliency.numel() // groups[0]
+        groups, counts = groups * times, counts * times
+    bounds = _bounds(tuple(groups), tuple(counts), saliency.device)
+    index = torch.empty(sum(counts), dtype=torch.int64, device=saliency.device)
+    if groups:
+        select_kernel[(len(groups),)](saliency.contiguous(), *bounds, index, **SELECT_CONFIG)
+    return index
+
+
+@functools.lru_cache(maxsize=64)
+def _bounds(groups: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where every group begins, and where its choice does."""
+    return tuple(  # type: ignore[return-value]
+        torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (groups, counts)
+    )
+
+
+def carry_(
+    states: Sequence[Sequence[Tensor]],
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    axis: Literal["rows", "columns"] = "rows",
+) -> list[Tensor]:
+    """Moves compact optimizer state of many layers from their old salient sets to the new ones, in place.
+
+    Equivalent torch code, for each state of a layer::
+
+        kept = torch.isin(new, old)
+        moved = torch.zeros_like(state)
+        moved[kept] = state[torch.isin(old, new)]
+        state.copy_(moved)
+
+    One launch moves the states of all layers; their addresses stay what they were.
 
     Args:
-        states: tensors [S, ...] whose slot s belongs to channel `old[s]`.
-        old: int64 [S], ascending.
-        new: int64 [S], ascending.
+        states: for each layer its state tensors, fp32 or int32: [S, ..] whose slot s belongs to channel `old[s]`; with
+            axis "columns" [.., S].
+        old: for each layer int64 [S], ascending.
+        new: for each layer int64 [S], ascending.
+        axis: "rows" or "columns", along which the channels lie.
 
     Returns:
-        New tensors whose slot s belongs to channel `new[s]`: carried over where the channel stays, zero where it is new;
-        and bool [S], True where it stays.
+        For each layer bool [S], True where a channel stays; state of the others is zero.
+
+    Raises:
+        ValueError: for lengths, shapes or dtypes that do not fit, naming the argument.
     """
-    return _reference.carry(states, old, new)
+    if axis not in ("rows", "columns"):
+        raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
+    if not len(states) == len(old) == len(new):
+        raise ValueError(f"carry: got states, old and new of {len(states)}, {len(old)} and {len(new)} layers")
+    sizes = [len(before) for before in old]
+    for i, after in enumerate(new):
+        if after.shape != old[i].shape or after.ndim != 1:
+            raise ValueError(f"new[{i}]: got {list(after.shape)}, needed the shape of the old set, [{sizes[i]}]")
+        for state in states[i]:
+            fits = state.ndim in (1, 2) and state.shape[-1 if axis == "columns" else 0] == sizes[i]
+            if not fits or state.dtype not in (torch.float32, torch.int32):
+                raise ValueError(
+                    f"states[{i}]: got {state.dtype} {list(state.shape)}, needed fp32 or int32 in one or two "
+                    f"dimensions with {sizes[i]} slots along {axis}"
+                )
+    if not sum(sizes):
+        return [torch.empty_like(after, dtype=torch.bool) for after in new]
+    layers = [i for i, layer in enumerate(states) for _ in layer]
+    flat = [state for layer in states for state in layer]
+    return list(_carry_(flat, layers, list(old), list(new), axis == "columns").split(sizes))
+
+
+@torch.library.custom_op("longact::carry_", mutates_args=("states",))
+def _carry_(states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool) -> Tensor:
+    return implementation("carry_", old[0], _carry_kernel, _reference.carry_)(states, layers, old, new, columns)
+
+
+@_carry_.register_fake
+def _(states, layers, old, new, columns):
+    return old[0].new_empty(sum(len(after) for after in new), dtype=torch.bool)
+
+
+def _carry_kernel(
+    states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool
+) -> Tensor:
+    from longact_kernels.csrc_triton.refresh import CARRY_CONFIG, carry_kernel
+
+    device = old[0].device
+    sizes = tuple(len(before) for before in old)
+    layer_of, first = _slots(sizes, device)
+    # All layers are looked up at once: the layer is what comes first in the order.
+    before, after = torch.cat(old) + layer_of, torch.cat(new) + layer_of
+    place = torch.searchsorted(before, after, out_int32=True).clamp_(max=len(before) - 1)
+    kept = before[place] == after
+    source = torch.where(kept, place - first, -1)
+
+    starts = [0, *itertools.accumulate(sizes)]
+    rows: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
+    for state, layer in zip(states, layers, strict=True):
+        slots = state.unsqueeze(1) if state.ndim == 1 else state.T if columns else state
+        K, (stride_slot, stride_lane) = slots.shape[1], slots.stride()
+        aligned = stride_lane == 1 and K % 4 == 0 and stride_slot % 4 == 0 and state.data_ptr() % 16 == 0
+        rows[aligned].append((state.data_ptr(), starts[layer], sizes[layer], K, stride_slot, stride_lane))
+    for aligned, entries in rows.items():
+        if entries:
+            blocks = -(-max(entry[3] for entry in entries) // CARRY_CONFIG["BLOCK_K"])
+            table = _table(tuple(entries), device)
+            carry_kernel[(blocks, len(entries))](table, source, ALIGNED=aligned, **CARRY_CONFIG)
+    return kept
+
+
+@functools.lru_cache(maxsize=64)
+def _slots(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every slot of all layers: its layer, in the high bits; and that layer's first slot."""
+    starts = [0, *itertools.accumulate(sizes)]
+    layer_of = [layer << 32 for layer, size in enumerate(sizes) for _ in range(size)]
+    first = [starts[layer] for layer, size in enumerate(sizes) for _ in range(size)]
+    return torch.tensor(layer_of, device=device), torch.tensor(first, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The kernel's table of states; made anew only when an address has changed."""
+    return torch.tensor(entries, dtype=torch.int64, device=device)

@@ -1,45 +1,145 @@
-"""`longact::salient_wgrad`: the weight gradient of the salient rows only."""
+"""`longact::salient_wgrad`: the weight gradient of the salient rows or columns only."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.dispatch import warn_reference
+from longact_kernels.ops.device import matmul_precision, multiprocessors, target
+from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference.salient_wgrad import salient_wgrad as _reference
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-def salient_wgrad(dy: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Weight gradient of `y = x @ weight.T`, computed for the salient rows and zero elsewhere.
+
+def salient_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    axis: Literal["rows", "columns"] = "rows",
+    compact: bool = False,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    bias: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Weight gradient of `y = x @ weight.T`, computed for the salient rows (or columns) and zero elsewhere.
 
     Equivalent torch code::
 
         dw = torch.zeros(N, K)
-        dw[rows] = dy[:, rows].T @ x
+        dw[rows] = dy[:, rows].T @ x            # axis="rows"
+        dw[:, rows] = dy.T @ x[:, rows]         # axis="columns"
+        db = dy.sum(0)                          # with bias: the whole gradient of the bias, which is never masked
+
+    Products are added up in fp32 and rounded once. Where the product is small and M is long, the tokens are split among
+    programs and the parts added in a fixed order: the same inputs give the same bits on the same kind of GPU.
 
     Args:
-        dy: gradient of the output [M, N].
+        dy: gradient of the output [M, N] in fp32, fp16 or bf16.
         x: input [M, K], in the dtype of `dy`.
-        rows: int64 [S], ascending: the salient set.
+        rows: int64 [S], ascending: the salient set, of rows or of columns.
+        axis: "rows" or "columns", along which the salient channels lie.
+        compact: return fp32 [S, K] (rows) or [N, S] (columns), slot s belonging to channel `rows[s]`.
+        out: a tensor to write to, of the shape of the result, rows contiguous; channels outside the set keep their
+            values.
+        accumulate: add to `out` instead of overwriting it.
+        bias: return the gradient of the bias as well, [N] in the dtype of `dy`.
 
     Returns:
-        [N, K] in the dtype of `dy`.
+        [N, K] in the dtype of `dy`, or the compact form, or `out`; with `bias` a pair of it and the bias gradient.
 
     Raises:
         ValueError: if the shapes or dtypes do not fit, naming the argument.
     """
+    if axis not in ("rows", "columns"):
+        raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
     if dy.ndim != 2 or x.ndim != 2 or len(dy) != len(x):
         raise ValueError(f"dy, x: got shapes {list(dy.shape)} and {list(x.shape)}, needed [M, N] and [M, K]")
     if dy.dtype != x.dtype:
         raise ValueError(f"x: got {x.dtype}, needed the dtype of dy, {dy.dtype}")
-    return _salient_wgrad(dy, x, rows)
+    if rows.ndim != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}, needed torch.int64 [S]")
+    if accumulate and out is None:
+        raise ValueError("accumulate: needs `out`, the gradient to add to")
+    if out is None:
+        dw = _salient_wgrad(dy, x, rows, axis, compact)
+    else:
+        shape = [dy.shape[1], x.shape[1]]
+        if compact:
+            shape[axis == "columns"] = len(rows)
+        if list(out.shape) != shape or out.stride(1) != 1:
+            raise ValueError(
+                f"out: got {list(out.shape)} with strides {out.stride()}, needed {shape} with rows contiguous"
+            )
+        _salient_wgrad_(out, dy, x, rows, axis, compact, accumulate)
+        dw = out
+    return (dw, dy.sum(0)) if bias else dw
 
 
 @torch.library.custom_op("longact::salient_wgrad", mutates_args=())
-def _salient_wgrad(dy: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    if not dy.is_cpu:
-        warn_reference("salient_wgrad", dy.device.type)
-    return _reference(dy, x, rows)
+def _salient_wgrad(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool) -> Tensor:
+    return _run(dy, x, rows, axis, compact, None, False)
 
 
 @_salient_wgrad.register_fake
-def _(dy, x, rows):
-    return dy.new_empty(dy.shape[1], x.shape[1])
+def _(dy, x, rows, axis, compact):
+    if not compact:
+        return dy.new_empty(dy.shape[1], x.shape[1])
+    shape = (rows.shape[0], x.shape[1]) if axis == "rows" else (dy.shape[1], rows.shape[0])
+    return dy.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("longact::salient_wgrad_", mutates_args=("out",))
+def _salient_wgrad_(
+    out: Tensor, dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, accumulate: bool
+) -> None:
+    _run(dy, x, rows, axis, compact, out, accumulate)
+
+
+def _run(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool) -> Tensor:
+    run = _reference if dy.dtype not in _FLOATS else implementation("salient_wgrad", dy, _kernels, _reference)
+    return run(dy, x, rows, axis, compact, out, accumulate)
+
+
+def _kernels(
+    dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool
+) -> Tensor:
+    from longact_kernels.csrc_triton import salient_wgrad as kernels
+
+    (M, N), K, S = dy.shape, x.shape[1], len(rows)
+    columns = axis == "columns"
+    if out is None:
+        shape = (N, K) if not compact else (N, S) if columns else (S, K)
+        # Compact, every element is written.
+        fill = torch.empty if compact and N and K else torch.zeros
+        out = fill(shape, dtype=torch.float32 if compact else dy.dtype, device=dy.device)
+    if not (N and K and S):
+        return out
+
+    dense, source = (t if t.stride(1) == 1 else t.contiguous() for t in ((dy, x) if columns else (x, dy)))
+    # A multiple of 16 channels keeps every access aligned, whatever the size of the set.
+    packed = source.new_empty(M, -(-S // 16) * 16)
+    if M:
+        config = kernels.PACK_CONFIG
+        grid = (-(-M // config["BLOCK_M"]), -(-packed.shape[1] // config["BLOCK_S"]))
+        kernels.pack_kernel[grid](source, rows, packed, M, S, packed.shape[1], source.stride(0), **config)
+
+    a, b = (dense, packed) if columns else (packed, dense)
+    P, Q = a.shape[1], b.shape[1]
+    aligned = all(size % 16 == 0 for size in (P, Q, a.stride(0), b.stride(0)))
+    config = kernels.launch_config(target(dy.device), dy.itemsize, aligned)
+    splits, tokens = kernels.split_tokens(M, P, Q, config, multiprocessors(dy.device))
+    direct = compact and splits == 1 and not accumulate and out.shape == (P, Q) and out.is_contiguous()
+    partial = out if direct else dy.new_empty((splits, P, Q), dtype=torch.float32)
+    tiles = -(-P // config["BLOCK_P"]) * -(-Q // config["BLOCK_Q"])
+    kernels.wgrad_kernel[(tiles, splits)](
+        a, b, partial, M, P, Q, tokens, a.stride(0), b.stride(0), PRECISION=matmul_precision(dy), **config
+    )
+    if not direct:
+        config = kernels.REDUCE_CONFIG[axis]
+        outer, inner = (N, S) if columns else (S, K)
+        kernels.reduce_kernel[(outer, -(-inner // config["BLOCK_S"]))](
+            partial, None if compact else rows, out, splits, inner, Q, P * Q, out.stride(0),
+            COLUMNS=columns, ACCUMULATE=accumulate, **config,
+        )  # fmt: skip
+    return out

@@ -4,17 +4,31 @@ import torch
 from torch import Tensor
 
 
-def select(saliency: Tensor, group: int, count: int) -> Tensor:
+def select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     """See :func:`longact_kernels.ops.select`, whose meaning this defines."""
-    groups = saliency.view(-1, group)
-    # A stable sort keeps equal values in index order, which topk does not promise.
-    top = groups.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
-    return (top + torch.arange(0, saliency.numel(), group, device=saliency.device).unsqueeze(1)).flatten()
+    if len(groups) == 1:
+        values = saliency.view(-1, groups[0])
+        # A stable sort keeps equal values in index order, which topk does not promise.
+        top = values.sort(dim=1, descending=True, stable=True).indices[:, : counts[0]].sort(dim=1).values
+        return (top + torch.arange(0, saliency.numel(), groups[0], device=saliency.device).unsqueeze(1)).flatten()
+    chosen, start = [], 0
+    for group, count in zip(groups, counts, strict=True):
+        chosen.append(select(saliency[start : start + group], [group], [count]) + start)
+        start += group
+    return torch.cat(chosen)
 
 
-def carry(states: list[Tensor], old: Tensor, new: Tensor) -> tuple[list[Tensor], Tensor]:
-    """See :func:`longact_kernels.ops.carry`, whose meaning this defines."""
-    slot = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
-    kept = old[slot] == new
-    moved = [state[slot] for state in states]
-    return [m.masked_fill_(~kept.view(-1, *[1] * (m.ndim - 1)), 0) for m in moved], kept
+def carry_(
+    states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool = False
+) -> Tensor:
+    """See :func:`longact_kernels.ops.carry_`, whose meaning this defines; `states[i]` belongs to layer `layers[i]`."""
+    slots = [
+        torch.searchsorted(before, after).clamp_(max=len(before) - 1) for before, after in zip(old, new, strict=True)
+    ]
+    kept = [before[slot] == after for before, slot, after in zip(old, slots, new, strict=True)]
+    for state, layer in zip(states, layers, strict=True):
+        along = -1 if columns else 0
+        shape = [1] * state.ndim
+        shape[along] = -1
+        state.copy_(state.index_select(along, slots[layer]).masked_fill_(~kept[layer].view(shape), 0))
+    return torch.cat(kept)

@@ -1,0 +1,145 @@
+"""Choosing salient sets from the flat statistics buffer, and moving compact optimizer state to them in place."""
+
+import triton
+import triton.language as tl
+
+from longact_kernels.csrc_triton.variant import Variant
+
+SELECT_CONFIG = {"BLOCK": 512, "num_warps": 4}
+CARRY_CONFIG = {"BLOCK_S": 32, "BLOCK_K": 128, "num_warps": 4}
+
+
+@triton.jit
+def _order(saliency_ptr, offs, mask):
+    """Integers in the order of the floats, all of one kind of zero, every NaN above Inf; -1 where masked."""
+    x = tl.load(saliency_ptr + offs, mask=mask, other=0.0)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
+    ordered = tl.where(x != x, 4294967295, ordered)
+    return tl.where(mask, ordered, -1)
+
+
+@triton.jit
+def select_kernel(
+    saliency_ptr,  # fp32 [n]
+    starts_ptr,  # int32 [groups + 1]: where a group begins in the saliency
+    chosen_ptr,  # int32 [groups + 1]: where its choice begins in the output
+    index_ptr,  # int64 [..]
+    BLOCK: tl.constexpr,
+):
+    """One group: finds the count-th largest value bit by bit, then writes all above it and the first of its equals."""
+    group = tl.program_id(0)
+    start = tl.load(starts_ptr + group)
+    end = tl.load(starts_ptr + group + 1)
+    out = tl.load(chosen_ptr + group)
+    count = tl.load(chosen_ptr + group + 1) - out
+
+    threshold = tl.zeros((), tl.int64)
+    for i in range(32):
+        candidate = threshold | (tl.full((), 2147483648, tl.int64) >> i)
+        reached = tl.zeros((BLOCK,), tl.int32)
+        for s in range(start, end, BLOCK):
+            offs = s + tl.arange(0, BLOCK)
+            reached += (_order(saliency_ptr, offs, offs < end) >= candidate).to(tl.int32)
+        threshold = tl.where(tl.sum(reached, 0) >= count, candidate, threshold)
+
+    above = tl.zeros((BLOCK,), tl.int32)
+    for s in range(start, end, BLOCK):
+        offs = s + tl.arange(0, BLOCK)
+        above += (_order(saliency_ptr, offs, offs < end) > threshold).to(tl.int32)
+    wanted = count - tl.sum(above, 0)  # of the values equal to the threshold, lowest index first
+
+    for s in range(start, end, BLOCK):
+        offs = s + tl.arange(0, BLOCK)
+        value = _order(saliency_ptr, offs, offs < end)
+        equal = (value == threshold).to(tl.int32)
+        taken = (value > threshold) | ((equal != 0) & (tl.cumsum(equal, 0) <= wanted))
+        place = tl.cumsum(taken.to(tl.int32), 0)
+        tl.store(index_ptr + out + place - 1, offs.to(tl.int64), mask=taken)
+        wanted -= tl.sum(equal, 0)
+        out += tl.sum(taken.to(tl.int32), 0)
+
+
+@triton.jit
+def _move(state_ptr, source_ptr, s, S, lanes, in_lane, stride_slot, AHEAD: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Moves the slots of one block whose source is ahead, or else those whose source is behind or nowhere."""
+    offs_s = s + tl.arange(0, BLOCK_S)
+    source = tl.load(source_ptr + offs_s, mask=offs_s < S, other=0)
+    moves = (offs_s < S) & ((source > offs_s) if AHEAD else (source < offs_s))
+    ptrs = state_ptr + source.to(tl.int64)[:, None] * stride_slot + lanes[None, :]
+    value = tl.load(ptrs, mask=(moves & (source >= 0))[:, None] & in_lane[None, :], other=0)
+    # Every source of this block is read before any of its slots is written.
+    tl.debug_barrier()
+    ptrs = state_ptr + offs_s.to(tl.int64)[:, None] * stride_slot + lanes[None, :]
+    tl.store(ptrs, value, mask=moves[:, None] & in_lane[None, :])
+
+
+@triton.jit
+def carry_kernel(
+    table_ptr,  # int64 [states, 6]: address, first slot, slots, lanes, stride of slots, stride of lanes
+    source_ptr,  # int32 [all slots]: the slot that each one's state comes from, -1 for none
+    ALIGNED: tl.constexpr,  # rows of whole 16-byte units at addresses and strides that are multiples of them
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Moves a state's lanes (columns of [S, K]) from old slots to new ones in place; slots without a source are zeroed.
+
+    Both sets ascend, so sources do: no slot that has its source ahead is itself the source of one that has it behind,
+    nor the other way round. Those with it ahead move first, ascending; the others, and zeros, after them, descending.
+    """
+    row = table_ptr + tl.program_id(1) * 6
+    # All state is moved as 32-bit words, whatever they mean.
+    state_ptr = tl.load(row).to(tl.pointer_type(tl.int32))
+    source_ptr += tl.load(row + 1)
+    S = tl.load(row + 2).to(tl.int32)
+    K = tl.load(row + 3).to(tl.int32)
+    stride_slot = tl.load(row + 4)
+    if tl.program_id(0) * BLOCK_K >= K:
+        return
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if ALIGNED:
+        state_ptr = tl.multiple_of(state_ptr, 16)
+        stride_slot = tl.multiple_of(stride_slot, 4)
+        in_lane = offs_k < tl.multiple_of(K, 4)
+        lanes = offs_k.to(tl.int64)
+    else:
+        in_lane = offs_k < K
+        lanes = offs_k.to(tl.int64) * tl.load(row + 5)
+    for s in range(0, S, BLOCK_S):
+        _move(state_ptr, source_ptr, s, S, lanes, in_lane, stride_slot, True, BLOCK_S)
+    blocks = tl.cdiv(S, BLOCK_S)
+    for i in range(blocks):
+        _move(state_ptr, source_ptr, (blocks - 1 - i) * BLOCK_S, S, lanes, in_lane, stride_slot, False, BLOCK_S)
+
+
+def variants() -> list[Variant]:
+    """What :func:`longact_kernels.ops.select` and :func:`longact_kernels.ops.carry_` launch."""
+    select, carry = dict(SELECT_CONFIG), dict(CARRY_CONFIG)
+    found = [
+        Variant(
+            kernel="refresh",
+            label="select",
+            fn=select_kernel,
+            types={"saliency_ptr": "*fp32", "starts_ptr": "*i32", "chosen_ptr": "*i32", "index_ptr": "*i64"},
+            num_warps=select.pop("num_warps"),
+            constants=select,
+            divisible=("saliency_ptr", "starts_ptr", "chosen_ptr", "index_ptr"),
+            memory_bound=False,
+        )
+    ]
+    num_warps = carry.pop("num_warps")
+    for aligned in (True, False):
+        found.append(
+            Variant(
+                kernel="refresh",
+                label="carry" + ("" if aligned else " unaligned"),
+                fn=carry_kernel,
+                types={"table_ptr": "*i64", "source_ptr": "*i32"},
+                constants={"ALIGNED": aligned, **carry},
+                divisible=("table_ptr", "source_ptr"),
+                num_warps=num_warps,
+                aligned=aligned,
+                memory_bound=aligned,
+            )
+        )
+    return found

@@ -1,0 +1,235 @@
+"""Weight gradient of the salient rows or columns: pack the salient channels, multiply, reduce over the token splits.
+
+The channels are packed once because a tile that gathered them itself would touch nearly every 32-byte sector of the
+full operand again for every tile of the other one; packed, both operands stream in 128-bit accesses.
+"""
+
+import itertools
+
+import triton
+import triton.language as tl
+
+from longact_kernels.csrc_triton.variant import Variant
+
+# Targets that share a tile.
+TARGETS = [("sm_80", "sm_90"), ("sm_100",), ("sm_89", "sm_120"), ("gfx90a", "gfx942"), ("gfx1100",)]
+
+
+@triton.jit
+def pack_kernel(
+    x_ptr,  # [M, ..]; 1 between channels
+    index_ptr,  # int64 [S]
+    packed_ptr,  # [M, P]
+    M,
+    S,
+    P,
+    stride_xm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`packed[:, :S] = x[:, index]`; columns S .. P are alignment, and zero."""
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_m = offs_m < M
+    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=0)
+    x = tl.load(
+        x_ptr + offs_m[:, None] * stride_xm + channel[None, :], mask=in_m[:, None] & (offs_s < S)[None, :], other=0.0
+    )
+    tl.store(packed_ptr + offs_m[:, None] * P + offs_s[None, :], x, mask=in_m[:, None] & (offs_s < P)[None, :])
+
+
+@triton.jit
+def wgrad_kernel(
+    a_ptr,  # [M, P]; 1 between columns
+    b_ptr,  # [M, Q]; 1 between columns
+    partial_ptr,  # fp32 [splits, P, Q]
+    M,
+    P,
+    Q,
+    tokens,
+    stride_am,
+    stride_bm,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    """`partial[split] = a[split's tokens].T @ b[split's tokens]`, fp32 [P, Q]; a split is `tokens` long."""
+    pid = tl.program_id(0)
+    num_pid_p = tl.cdiv(P, BLOCK_P)
+    num_pid_q = tl.cdiv(Q, BLOCK_Q)
+    group = pid // (GROUP_P * num_pid_q)
+    first_pid_p = group * GROUP_P
+    group_size = min(num_pid_p - first_pid_p, GROUP_P)
+    pid_p = first_pid_p + pid % (GROUP_P * num_pid_q) % group_size
+    pid_q = pid % (GROUP_P * num_pid_q) // group_size
+
+    split = tl.program_id(1)
+    start = split * tokens
+    end = tl.minimum(start + tokens, M)
+    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_q = pid_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_m = tl.arange(0, BLOCK_M)
+    in_p = offs_p < P
+    in_q = offs_q < Q
+    rows = (start + offs_m).to(tl.int64)
+    a_ptrs = a_ptr + rows[None, :] * stride_am + offs_p[:, None]
+    b_ptrs = b_ptr + rows[:, None] * stride_bm + offs_q[None, :]
+
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), dtype=tl.float32)
+    for m in range(start, end, BLOCK_M):
+        in_m = offs_m < end - m
+        a = tl.load(a_ptrs, mask=in_p[:, None] & in_m[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=in_m[:, None] & in_q[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_M * stride_am
+        b_ptrs += BLOCK_M * stride_bm
+
+    partial_ptrs = partial_ptr + (split.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
+    tl.store(partial_ptrs, acc, mask=in_p[:, None] & in_q[None, :])
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr,  # fp32 [splits, .., Q], of which [P, S] a split are wanted
+    index_ptr,  # int64 [P] (rows) or [S] (columns): where in out they go; None if out is compact
+    out_ptr,
+    splits,
+    S,
+    Q,
+    stride_split,
+    stride_out,
+    COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Writes the sum of the splits, taken in their order, to `out`, or adds it to what is there."""
+    p = tl.program_id(0).to(tl.int64)
+    offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_s = offs_s < S
+    partial_ptrs = partial_ptr + p * Q + offs_s
+    acc = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    for _ in range(splits):
+        acc += tl.load(partial_ptrs, mask=in_s, other=0.0)
+        partial_ptrs += stride_split
+    if index_ptr is None:
+        out_ptrs = out_ptr + p * stride_out + offs_s
+    elif COLUMNS:
+        out_ptrs = out_ptr + p * stride_out + tl.load(index_ptr + offs_s, mask=in_s, other=0)
+    else:
+        out_ptrs = out_ptr + tl.load(index_ptr + p) * stride_out + offs_s
+    if ACCUMULATE:
+        acc += tl.load(out_ptrs, mask=in_s, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_s)
+
+
+PACK_CONFIG = {"BLOCK_M": 16, "BLOCK_S": 128, "num_warps": 4}
+# A scattered column costs a thread the registers of its 64-bit index as well.
+REDUCE_CONFIG = {"rows": {"BLOCK_S": 1024, "num_warps": 4}, "columns": {"BLOCK_S": 512, "num_warps": 4}}
+
+
+def launch_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
+    """Tile and pipeline of :func:`wgrad_kernel` for a target such as "sm_90" and 2- or 4-byte elements.
+
+    `aligned`: whether P, Q and the strides are multiples of 16.
+    """
+    if itemsize == 4 or not aligned:
+        # IEEE fp32 runs on the plain cores, and unaligned 16-bit loads go through registers: a larger tile only spills.
+        tile = {"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 2}
+    elif target in ("sm_80", "sm_90"):
+        tile = {"BLOCK_P": 128, "BLOCK_Q": 256, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
+    elif target == "sm_100":
+        tile = {"BLOCK_P": 128, "BLOCK_Q": 128, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
+    elif target.startswith("sm_"):
+        # 99 KiB of shared memory.
+        tile = {"BLOCK_P": 128, "BLOCK_Q": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 4}
+    elif target.startswith("gfx9"):
+        # 64 KiB of shared memory.
+        tile = {"BLOCK_P": 128, "BLOCK_Q": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
+    else:
+        # RDNA's 32-wide waves have half the registers for a tile.
+        tile = {"BLOCK_P": 128, "BLOCK_Q": 64, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
+    return {**tile, "GROUP_P": 8}
+
+
+def split_tokens(M: int, P: int, Q: int, config: dict[str, int], programs: int) -> tuple[int, int]:
+    """How many splits of the tokens, and how long each: what takes least time on `programs` multiprocessors on paper.
+
+    The time of a split is that of its waves of tiles, and each split beyond the first adds an fp32 [P, Q] written and
+    read at 256 operations a byte (an H100 does 798 TFLOP/s in bf16 and copies at 3.0 TB/s).
+    """
+    block = config["BLOCK_M"]
+    tiles = -(-P // config["BLOCK_P"]) * -(-Q // config["BLOCK_Q"])
+
+    def operations(splits: int) -> int:
+        waves = -(-tiles * splits // programs)
+        tokens = -(-M // splits)
+        return waves * programs * 2 * tokens * config["BLOCK_P"] * config["BLOCK_Q"] + 256 * 8 * splits * P * Q
+
+    longest = max(1, min(64, M // 512))
+    splits = min(range(1, longest + 1), key=operations)
+    tokens = max(block, -(-M // (splits * block)) * block)
+    return max(1, -(-M // tokens)), tokens
+
+
+def variants() -> list[Variant]:
+    """What :func:`longact_kernels.ops.salient_wgrad` launches: every tile, aligned and not."""
+    found = []
+    for dtype, aligned in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
+        config = dict(PACK_CONFIG)
+        found.append(
+            Variant(
+                kernel="salient_wgrad",
+                label=f"pack {dtype}" + ("" if aligned else " unaligned"),
+                fn=pack_kernel,
+                types={"x_ptr": f"*{dtype}", "index_ptr": "*i64", "packed_ptr": f"*{dtype}"}
+                | dict.fromkeys(("M", "S", "P", "stride_xm"), "i32"),
+                num_warps=config.pop("num_warps"),
+                constants=config,
+                divisible=("x_ptr", "index_ptr", "packed_ptr", "P", *(("stride_xm",) if aligned else ())),
+            )
+        )
+        for targets in TARGETS:
+            config = launch_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
+            num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+            pointers = ("a_ptr", "b_ptr", "partial_ptr")
+            found.append(
+                Variant(
+                    kernel="salient_wgrad",
+                    label=f"product {dtype}" + ("" if aligned else " unaligned"),
+                    fn=wgrad_kernel,
+                    types={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
+                    | dict.fromkeys(("M", "P", "Q", "tokens", "stride_am", "stride_bm"), "i32"),
+                    constants={"PRECISION": "ieee", **config},
+                    # The packed operand is aligned whatever the other one is.
+                    divisible=("a_ptr", "P", "stride_am", *((*pointers, "Q", "stride_bm") if aligned else ())),
+                    num_warps=num_warps,
+                    num_stages=num_stages,
+                    aligned=aligned,
+                    memory_bound=False,
+                    tensor_core=dtype != "fp32",
+                    targets=targets,
+                )
+            )
+    layouts = [("rows", "bf16", False), ("rows", "fp16", True), ("rows", "fp32", True), ("columns", "bf16", True)]
+    for axis, dtype, accumulate in [*layouts, ("compact", "fp32", False), ("compact", "fp32", True)]:
+        config = dict(REDUCE_CONFIG["columns" if axis == "columns" else "rows"])
+        compact = axis == "compact"
+        found.append(
+            Variant(
+                kernel="salient_wgrad",
+                label=f"reduce {dtype} {axis}" + (" added" if accumulate else ""),
+                fn=reduce_kernel,
+                types={"partial_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+                | ({} if compact else {"index_ptr": "*i64"})
+                | dict.fromkeys(("splits", "S", "Q", "stride_split", "stride_out"), "i32"),
+                num_warps=config.pop("num_warps"),
+                constants={"COLUMNS": axis == "columns", "ACCUMULATE": accumulate}
+                | ({"index_ptr": None} if compact else {})
+                | config,
+                divisible=("partial_ptr", "out_ptr", "S", "Q", "stride_split", "stride_out"),
+                aligned=axis != "columns",
+            )
+        )
+    return found

@@ -1,0 +1,30 @@
+"""Makes Triton's interpreter compute with bf16 as GPUs do: it multiplies the bits as integers and rounds towards zero.
+
+Importing it has no effect outside the interpreter.
+"""
+
+import os
+
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def _widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle(torch.from_numpy(handle.data).view(torch.bfloat16).float().numpy(), tl.float32)
+
+    def _create_dot(self, a, b, d, *options):
+        return create_dot(self, _widened(a), _widened(b), d, *options)
+
+    def _cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, src, dst_type)
+        rounded = torch.tensor(src.data).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(rounded, tl.bfloat16)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = _create_dot, _cast_impl
