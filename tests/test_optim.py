@@ -84,7 +84,8 @@ def test_salient_rows_follow_adamw_on_those_rows_alone_and_others_keep_their_bit
             adamws[i].step()
         state = case.optimizer.state[case.weight]
         for i, row in enumerate(rows_alone):
-            assert torch.equal(case.weight[i], row)
+            # The CPU kernel divides once where torch divides twice: the last bit may differ.
+            torch.testing.assert_close(case.weight[i], row, rtol=1e-6, atol=1e-8)
             theirs = adamws[i].state[row]
             assert state["step"][i] == theirs.get("step", 0)
             if theirs:
@@ -114,7 +115,8 @@ def test_compact_state_carries_rows_that_stay_and_forgets_rows_that_leave(dtype)
             row, adamw = rows_alone[i]
             row.grad = grad[i].float()
             adamw.step()
-            assert torch.equal(case.weight[i], row.to(dtype))
+            digits = dict(rtol=1e-6, atol=1e-8) if dtype == torch.float32 else dict(rtol=0, atol=0)
+            torch.testing.assert_close(case.weight[i], row.to(dtype), **digits)
     state = case.optimizer.state[case.weight]
     assert all(state[name].shape == (6, 6) for name in ("exp_avg", "exp_avg_sq"))
 
