@@ -13,7 +13,11 @@ from longact_kernels.csrc_triton.variant import Variant
 
 # A piece writes and reads 16 bytes a channel: 0.8% of 1024 tokens in 16 bits.
 CHUNK = 1024
-PARTIAL = {"CHUNK": CHUNK, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_B": 128, "num_warps": 4}
+# Tiles are the largest whose registers leave half of the threads resident (64 each).
+PARTIAL = {
+    "aligned": {"CHUNK": CHUNK, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_B": 128, "num_warps": 4},
+    "unaligned": {"CHUNK": CHUNK, "BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_B": 128, "num_warps": 4},
+}
 MERGE = {"CHUNK": CHUNK, "BLOCK_P": 16, "BLOCK_N": 64, "num_warps": 4}
 
 
@@ -134,7 +138,8 @@ def variants() -> list[Variant]:
         for dtype in ("bf16", "fp16", "fp32"):
             types = {"y_ptr": f"*{dtype}", "absmax_ptr": "*i32", "sumsq_ptr": "*fp32", **given}
             types |= dict.fromkeys(("B", "T", "N", "chunks", "stride_yb", "stride_ym"), "i32")
-            constants = {name: PARTIAL[name] for name in ("CHUNK", "BLOCK_M", "BLOCK_N", "BLOCK_B")}
+            config = PARTIAL["aligned" if aligned else "unaligned"]
+            constants = {name: config[name] for name in ("CHUNK", "BLOCK_M", "BLOCK_N", "BLOCK_B")}
             constants |= {name: None for name in absent if name not in given}
             found.append(
                 Variant(
@@ -144,7 +149,7 @@ def variants() -> list[Variant]:
                     types=types,
                     constants=constants,
                     divisible=divisible,
-                    num_warps=PARTIAL["num_warps"],
+                    num_warps=config["num_warps"],
                     aligned=aligned,
                     main=aligned and dtype == "bf16" and not given,
                 )

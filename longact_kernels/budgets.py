@@ -253,7 +253,7 @@ def channel_stats_work(M: int, N: int, itemsize: int, masked: bool = False) -> W
 
     read = M * N * itemsize
     # Every block of channels reads the mask anew; partial results are written, then read.
-    mask = M * -(-N // PARTIAL["BLOCK_N"]) if masked else 0
+    mask = M * -(-N // PARTIAL["aligned"]["BLOCK_N"]) if masked else 0
     return Work(f"[{M}, {N}]", moved=read + mask + 16 * -(-M // CHUNK) * N + 8 * N, minimum=read)
 
 

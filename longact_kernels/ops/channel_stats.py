@@ -59,16 +59,22 @@ def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    from longact_kernels.csrc_triton.channel_stats import MERGE, PARTIAL, channel_stats_merge, channel_stats_partial
+    from longact_kernels.csrc_triton.channel_stats import (
+        CHUNK,
+        MERGE,
+        PARTIAL,
+        channel_stats_merge,
+        channel_stats_partial,
+    )
 
     B, N = _sequences(y, cu_seqlens), y.shape[-1]
     T = y.shape[-2] if y.ndim > 1 else 1
     if packed := cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int()
         chunks = 0
-        pieces = -(-T // PARTIAL["CHUNK"]) + B - 1 if B and T else 0
+        pieces = -(-T // CHUNK) + B - 1 if B and T else 0
     else:
-        chunks = -(-T // PARTIAL["CHUNK"])
+        chunks = -(-T // CHUNK)
         pieces = B * chunks
     absmax = y.new_empty(N, dtype=torch.int32)
     sumsq = y.new_empty((B if l2 else 0, N), dtype=torch.float32)
@@ -77,11 +83,13 @@ def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool)
 
     y = (y if y.stride(-1) == 1 else y.contiguous()).reshape(1 if packed else B, T, N)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    is_aligned = y.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (N, y.stride(0), y.stride(1)))
+    config = PARTIAL["aligned" if is_aligned else "unaligned"]
     partial_absmax = y.new_empty((pieces, N), dtype=torch.int32)
     partial_sumsq = y.new_empty((pieces, N), dtype=torch.float32)
     with torch.cuda.device_of(y):
-        channel_stats_partial[(pieces, -(-N // PARTIAL["BLOCK_N"]))](
-            y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **PARTIAL
+        channel_stats_partial[(pieces, -(-N // config["BLOCK_N"]))](
+            y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **config
         )
         channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
             partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, N, chunks, **MERGE

@@ -1,0 +1,78 @@
+"""Every launchable kernel compiles for every target, and its compiled code keeps the budgets; no GPU needed."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from longact_kernels import budgets
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+VARIANTS = list(budgets.variants())
+# These take every variant; on the others, which compile the same source through the same passes, the bf16 ones stand
+# for all. The test marked slow leaves none out.
+WHOLE = ("sm_80", "sm_90")
+
+
+def of(kernel, target, whole):
+    chosen = [v for v in VARIANTS if v.kernel == kernel]
+    return chosen if whole else [v for v in chosen if not {"fp16", "fp32"} & set(v.label.split())]
+
+
+def check(kernel, target, whole):
+    limits = budgets.TARGETS[target]
+    wrong = []
+    for variant in of(kernel, target, whole):
+        b = budgets.budget(variant, target)
+        fits = b.spills == 0 and b.shared <= limits.max_shared
+        fits &= not variant.memory_bound or b.occupancy >= 0.5
+        fits &= not variant.tensor_core or b.tensor_core != ""
+        fits &= not variant.aligned or b.load_bits == 128
+        if not fits:
+            wrong.append(b)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("target", budgets.TARGETS)
+@pytest.mark.parametrize("kernel", budgets.KERNELS)
+def test_compiles_within_the_budgets(kernel, target):
+    check(kernel, target, whole=target in WHOLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [target for target in budgets.TARGETS if target not in WHOLE])
+@pytest.mark.parametrize("kernel", budgets.KERNELS)
+def test_every_variant_compiles_on_the_other_targets(kernel, target):
+    check(kernel, target, whole=True)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.main and v.memory_bound], ids=lambda v: v.label)
+def test_issues_its_instructions_in_half_the_memory_time(variant, target):
+    loop = budgets.main_loop(budgets.compile_variant(variant, target))
+    for name, gpu in budgets.GPUS.items():
+        if gpu.target == target:
+            assert budgets.issue_share(loop, gpu) <= 0.5, name
+    if variant.aligned:
+        assert budgets.wide_share(loop) >= 0.9
+
+
+def test_labels_are_unique():
+    labels = [(v.kernel, v.label) for v in VARIANTS]
+    assert len(labels) == len(set(labels))
+
+
+def test_occupancy():
+    h100 = budgets.TARGETS["sm_90"]
+    # CUDA's occupancy calculator: 64 registers leave 32 of 64 warps, 65 leave 28; 100 KiB leave 2 programs of 4 warps.
+    assert budgets._occupancy(h100, 64, 0, 4) == 0.5
+    assert budgets._occupancy(h100, 65, 0, 4) == 28 / 64
+    assert budgets._occupancy(h100, 32, 100 * 1024, 4) == 8 / 64
+
+
+def test_an_unknown_target_is_refused(capsys):
+    assert budgets.kernels_command("sm_9", as_json=True) == 2
+    assert "sm_90" in capsys.readouterr().err
