@@ -1,4 +1,8 @@
-"""Autograd functions on plain tensors, usable with none of our classes."""
+"""Everything on plain tensors, usable with none of our classes: the kernels' ops, and the autograd function over them.
+
+Each op's docstring gives the equivalent torch code. `sparse_adamw_` and `carry_` change tensors in place, all others
+return new ones; only `salient_linear` is differentiable.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longact_kernels import ops
+from longact_kernels.ops import carry_, channel_stats, linear_stats, salient_wgrad, select, sparse_adamw_
+
+__all__ = [
+    "RunningStats",
+    "carry_",
+    "channel_stats",
+    "linear_stats",
+    "salient_linear",
+    "salient_wgrad",
+    "select",
+    "sparse_adamw_",
+]
 
 
 class RunningStats(NamedTuple):
@@ -23,7 +38,7 @@ class RunningStats(NamedTuple):
     sequences: Tensor | None = None
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
-        """Takes in the statistics of one more activation, as `ops.channel_stats` returns them."""
+        """Takes in the statistics of one more activation, as `channel_stats` returns them."""
         torch.maximum(self.absmax, absmax, out=self.absmax)
         if self.l2_sum is not None and self.sequences is not None:
             self.l2_sum.add_(sumsq.sqrt().sum(0))
@@ -39,7 +54,7 @@ class _SalientLinear(torch.autograd.Function):
             y = torch.nn.functional.linear(x, weight, bias)
             ctx.save_for_backward(x, weight, rows)
         else:
-            y, absmax, sumsq = ops.linear_stats(x, weight, bias, mask, cu_seqlens, stats.l2_sum is not None)
+            y, absmax, sumsq = linear_stats(x, weight, bias, mask, cu_seqlens, stats.l2_sum is not None)
             ctx.save_for_backward(x, weight, rows, absmax, sumsq)
         return y
 
@@ -57,7 +72,7 @@ class _SalientLinear(torch.autograd.Function):
             dx = (dy2 @ weight).view(x.shape)
         if ctx.needs_input_grad[1]:
             # The whole gradient is written as autograd writes it for F.linear, so that it has the same bits.
-            dw = (x2.T @ dy2).T if rows is None else ops.salient_wgrad(dy2, x2, rows)
+            dw = (x2.T @ dy2).T if rows is None else salient_wgrad(dy2, x2, rows)
         if ctx.needs_input_grad[2]:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None

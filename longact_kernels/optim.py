@@ -149,8 +149,8 @@ class SalientAdamW(Optimizer):
 
     def _step_salient(self, group: dict[str, Any], params: list[Any]) -> None:
         launches = defaultdict(list)
+        self._follow_sets(params)
         for p in params:
-            self._follow_set(p)
             launches[p.device, p.dtype, p.grad.dtype].append(p)
         beta1, beta2 = group["betas"]
         lr = group["lr"]
@@ -173,24 +173,29 @@ class SalientAdamW(Optimizer):
                 group["maximize"],
             )
 
-    def _follow_set(self, p: Any) -> None:
-        """Makes a salient weight's state, or moves compact state over to the rows that are salient now."""
-        state, rows = self.state[p], p.salient.rows
-        if not state:
-            kept = p.detach()[rows] if self.compact else p.detach()
-            state["step"] = torch.zeros(len(kept), dtype=torch.int32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(kept, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(kept, dtype=torch.float32)
-            if self._has_master(p):
-                state["master"] = kept.float()
-        elif self.compact and state["rows"] is not rows:
-            names = ["step", "exp_avg", "exp_avg_sq"] + ["master"] * ("master" in state)
-            moved, stays = ops.carry([state[name] for name in names], state["rows"], rows)
-            state.update(zip(names, moved, strict=True))
-            if "master" in state:
-                state["master"] = torch.where(stays.unsqueeze(1), state["master"], p.detach()[rows].float())
-        if self.compact:
+    def _follow_sets(self, params: list[Any]) -> None:
+        """Makes the salient weights' state, and moves compact state over to the rows that are salient now."""
+        moved = []
+        for p in params:
+            state, rows = self.state[p], p.salient.rows
+            if not state:
+                kept = p.detach()[rows] if self.compact else p.detach()
+                state["step"] = torch.zeros(len(kept), dtype=torch.int32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(kept, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(kept, dtype=torch.float32)
+                if self._has_master(p):
+                    state["master"] = kept.float()
+                if self.compact:
+                    state["rows"] = rows
+            elif self.compact and state["rows"] is not rows:
+                moved.append((p, state, rows))
+        names = ("step", "exp_avg", "exp_avg_sq", "master")
+        states = [[state[name] for name in names if name in state] for _, state, _ in moved]
+        stays = ops.carry_(states, [state["rows"] for _, state, _ in moved], [rows for *_, rows in moved])
+        for (p, state, rows), kept in zip(moved, stays, strict=True):
             state["rows"] = rows
+            if "master" in state:
+                state["master"] = torch.where(kept.unsqueeze(1), state["master"], p.detach()[rows].float())
 
     def salient_state_bytes(self) -> tuple[int, int]:
         """Bytes of state kept for the salient weights, and what dense AdamW with the same masters would keep."""

@@ -192,14 +192,17 @@ class LongAct:
         self._reset()
 
     def _choose(self, saliency: Tensor) -> Iterator[Tensor]:
-        """The set of every layer; neighbouring layers with groups of one size are chosen in one go."""
-        layers = zip(self._salient(), self._bounds, strict=True)
-        for (group, count), run in itertools.groupby(layers, lambda item: (item[0].group, item[0].count)):
-            bounds = [bound for _, bound in run]
-            first = bounds[0][0]
-            chosen = ops.select(saliency[first : bounds[-1][1]], group, count)
-            per_layer = chosen.split([(end - start) // group * count for start, end in bounds])
-            yield from (rows - (start - first) for rows, (start, _) in zip(per_layer, bounds, strict=True))
+        """The set of every layer, all chosen in one go."""
+        groups: list[int] = []
+        counts: list[int] = []
+        sizes: list[int] = []
+        for salient, (start, end) in zip(self._salient(), self._bounds, strict=True):
+            times = (end - start) // salient.group
+            groups += [salient.group] * times
+            counts += [salient.count] * times
+            sizes.append(times * salient.count)
+        chosen = ops.select(saliency, groups, counts).split(sizes)
+        return (rows - start for rows, (start, _) in zip(chosen, self._bounds, strict=True))
 
     # One optimizer step
 
