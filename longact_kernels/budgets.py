@@ -280,9 +280,9 @@ def qwen3_8b() -> dict[str, Work]:
 
 def rows(target: str | None) -> list[tuple[Variant, str]]:
     """What `longact kernels` lists: the main variants for all targets, or all variants for one."""
-    if target is None:
-        return [(variant, name) for variant in variants() if variant.main for name in TARGETS]
-    return [(variant, target) for variant in variants()]
+    names = TARGETS if target is None else [target]
+    listed = [variant for variant in variants() if variant.main or target is not None]
+    return [(variant, name) for variant in listed for name in names if name in (variant.targets or TARGETS)]
 
 
 def kernels_command(target: str | None, as_json: bool) -> int:

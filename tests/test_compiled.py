@@ -18,7 +18,7 @@ WHOLE = ("sm_80", "sm_90")
 
 
 def of(kernel, target, whole):
-    chosen = [v for v in VARIANTS if v.kernel == kernel]
+    chosen = [v for v in VARIANTS if v.kernel == kernel and target in (v.targets or budgets.TARGETS)]
     return chosen if whole else [v for v in chosen if not {"fp16", "fp32"} & set(v.label.split())]
 
 
@@ -61,7 +61,7 @@ def test_issues_its_instructions_in_half_the_memory_time(variant, target):
 
 
 def test_labels_are_unique():
-    labels = [(v.kernel, v.label) for v in VARIANTS]
+    labels = [(v.kernel, v.label, v.targets) for v in VARIANTS]
     assert len(labels) == len(set(labels))
 
 
