@@ -62,6 +62,11 @@ class RunFolder:
         """The step of the last complete checkpoint; 0 without one."""
         return int(self.checkpoint.name.partition("-")[2]) if self.checkpoint else 0
 
+    def is_complete(self, max_steps: int) -> bool:
+        """Whether the last checkpoint is that of the run's last step; `max_steps` as in `GRPOConfig`."""
+        state = json.loads((self.checkpoint / "trainer_state.json").read_text())
+        return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+
     def evaluation(self, when: str, compute: Callable[[], Evaluation]) -> Evaluation:
         """The evaluation of that name, computed and kept if an earlier part of the run did not do so."""
         path = self.path / f"accuracy_{when}.json"

@@ -97,6 +97,9 @@ def build_dataset(
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, known tasks are {', '.join(TASKS)}")
 
+    if needles is not None and needles < 1:
+        raise ValueError(f"needles: got {needles}, needed at least 1")
+
     rows = []
     for index in range(count):
 
@@ -107,14 +110,20 @@ def build_dataset(
         def tokens(n: int, draw=draw) -> int:
             return len(encode_prompts(tokenizer, [draw(n)[0]])[0])
 
-        # A needle is several tokens, so `length` needles never fit and bound the search from above.
-        fitting = bisect.bisect_right(range(1, length + 1), length, key=tokens) if needles is None else needles
-        if fitting < 1 or (needles is not None and tokens(needles) > length):
-            shortest = tokens(needles or 1)
+        shortest = tokens(needles or 1)
+        if shortest > length:
             raise ValueError(
                 f"length: {length} tokens are too few for {needles or 1} needle(s) of task {task}, "
                 f"which take {shortest}; raise length" + (" or lower needles" if needles else "")
             )
-        prompt, answers = draw(fitting)
+        prompt, answers = draw(needles or most(tokens, length))
         rows.append({"prompt": prompt, "answers": answers})
     return rows
+
+
+def most(tokens: Callable[[int], int], length: int) -> int:
+    """The greatest n of at least 1 whose `tokens(n)`, which grow with n, are within `length`."""
+    above = 2
+    while tokens(above) <= length:
+        above *= 2
+    return bisect.bisect_right(range(above), length, lo=above // 2, key=tokens) - 1

@@ -3,6 +3,7 @@
 import shlex
 import sys
 
+import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
@@ -116,7 +117,14 @@ class Run:
         return result
 
     def train(self) -> None:
+        """Trains from the last checkpoint to the end."""
         checkpoint = self.folder.checkpoint
+        if checkpoint and self.folder.is_complete(self.training.max_steps):
+            # The trainer would take one more step.
+            self.trainer._load_from_checkpoint(str(checkpoint))
+            state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.trainer.create_optimizer().load_state_dict(state)
+            return
         try:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -128,7 +136,9 @@ class Run:
         state_bytes = None
         if self.longact is not None:
             saliency = self.folder.saliency(self.longact)
-            state_bytes = self.trainer.optimizer.optimizer.salient_state_bytes()
+            # Accelerate wraps the optimizer of a run that has trained.
+            optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            state_bytes = optimizer.salient_state_bytes()
             self.longact.restore()
         self.model.save_pretrained(self.folder.path / "model")
         self.tokenizer.save_pretrained(self.folder.path / "model")
