@@ -1,0 +1,176 @@
+"""`salient_wgrad` against products in fp64."""
+
+import exact_interpreter  # noqa: F401
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longact_kernels import ops
+from longact_kernels.ops.dispatch import interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def some(channels: int, count: int, seed: int = 0) -> torch.Tensor:
+    """An ascending set of `count` channels."""
+    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:count].sort().values.to(DEVICE)
+
+
+def check(dw, dy, x, rows, axis, compact, before=None):
+    """Holds one result against its bound: fp32 sums of M terms, one rounding to its dtype, zeros outside the set."""
+    exact = dy.double().T @ x.double()
+    terms = dy.double().abs().T @ x.double().abs()
+    outside = torch.ones_like(exact, dtype=torch.bool)
+    outside[rows if axis == "rows" else (slice(None), rows)] = False
+    if compact:
+        exact, terms, outside = (t[rows] if axis == "rows" else t[:, rows] for t in (exact, terms, outside))
+    if before is not None:
+        exact, terms = exact + before.double(), terms + before.double().abs()
+    assert dw.shape == exact.shape and dw.dtype == (torch.float32 if compact else dy.dtype)
+    unit = UNIT[dw.dtype]
+    tiny = torch.finfo(dw.dtype).smallest_normal * unit
+    near = (dw.double() - exact).abs() <= unit * exact.abs() + 1.01 * (len(dy) + 70) * 2**-24 * terms + tiny
+    assert (near | outside).all()
+    assert torch.equal(dw[outside], torch.zeros_like(dw[outside]) if before is None else before[outside])
+
+
+@st.composite
+def problems(draw):
+    """Arguments of odd shapes; rows of dy and x may lie apart, or be the columns of something else."""
+    dtype = draw(st.sampled_from(DTYPES))
+    M, N, K = draw(st.integers(0, 90)), draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    dy = randn(M, N + draw(st.integers(0, 1)), dtype=dtype, seed=draw(st.integers(0, 99)))[:, :N]
+    x = randn(K, M, dtype=dtype, seed=1).T if draw(st.booleans()) else randn(M, K, dtype=dtype, seed=1)
+    axis = draw(st.sampled_from(["rows", "columns"]))
+    channels = N if axis == "rows" else K
+    return dy, x, some(channels, draw(st.integers(0, channels))), axis, draw(st.booleans())
+
+
+@settings(deadline=None, max_examples=25)
+@given(problem=problems())
+def test_matches_fp64_within_rounding(problem):
+    check(ops.salient_wgrad(*problem), *problem)
+
+
+@settings(deadline=None, max_examples=15)
+@given(problem=problems(), accumulate=st.booleans())
+def test_writes_or_adds_to_a_given_gradient(problem, accumulate):
+    _, _, rows, axis, compact = problem
+    before = torch.randn_like(ops.salient_wgrad(*problem))
+    out = before.clone()
+    assert ops.salient_wgrad(*problem, out=out, accumulate=accumulate) is out
+    if accumulate:
+        check(out, *problem, before=before)
+    elif compact:
+        assert torch.equal(out, ops.salient_wgrad(*problem))
+    else:
+        kept = torch.ones(out.shape[0 if axis == "rows" else 1], dtype=torch.bool, device=DEVICE)
+        kept[rows] = False
+        inside = (lambda t: t[~kept]) if axis == "rows" else (lambda t: t[:, ~kept])
+        outside = (lambda t: t[kept]) if axis == "rows" else (lambda t: t[:, kept])
+        assert torch.equal(outside(out), outside(before))
+        assert torch.equal(inside(out), inside(ops.salient_wgrad(*problem)))
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_tiles_and_splits_of_many_tokens(dtype, axis):
+    """A small product of many tokens is split, on any GPU in the same way each time."""
+    dy, x = randn(1040, 32, dtype=dtype), randn(1040, 144, dtype=dtype, seed=1)
+    rows = some(32 if axis == "rows" else 144, 16)
+    first = ops.salient_wgrad(dy, x, rows, axis)
+    check(first, dy, x, rows, axis, False)
+    assert torch.equal(first, ops.salient_wgrad(dy, x, rows, axis))
+
+
+def test_the_bias_gradient_is_whole():
+    dy, x, rows = randn(50, 12), randn(50, 8, seed=1), some(12, 4)
+    dw, db = ops.salient_wgrad(dy, x, rows, bias=True)
+    check(dw, dy, x, rows, "rows", False)
+    assert torch.equal(db, dy.sum(0))
+
+
+def test_nonfinite_gradients_stay_in_their_channels():
+    dy, x, rows = randn(50, 12), randn(50, 8, seed=1), torch.tensor([1, 5, 7], device=DEVICE)
+    dy[3, 5], dy[4, 6], x[9, 2] = float("nan"), float("nan"), float("inf")
+    dw = ops.salient_wgrad(dy, x, rows)
+    assert dw[5].isnan().all() and dw[[1, 7]][:, [0, 1, 3, 4, 5, 6, 7]].isfinite().all() and dw[[1, 7], 2].isinf().all()
+    assert (dw[[0, 2, 3, 4, 6, 8, 9, 10, 11]] == 0).all()
+
+
+def test_more_than_two_to_the_31_elements_apart():
+    """The third token begins 2³¹ elements after the first; memory in between is never touched."""
+    dy, x = (torch.empty_strided((3, 16), (2**30, 1), dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    dy.copy_(randn(3, 16)), x.copy_(randn(3, 16, seed=1))
+    for axis in ("rows", "columns"):
+        check(ops.salient_wgrad(dy, x, some(16, 5), axis), dy, x, some(16, 5), axis, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(4, 8)), "dy, x: got shapes"),
+        (dict(x=torch.zeros(5, 8, dtype=torch.float16)), "x: got torch.float16"),
+        (dict(rows=torch.tensor([0, 1], dtype=torch.int32)), "rows: got torch.int32"),
+        (dict(axis="row"), "axis: got 'row'"),
+        (dict(accumulate=True), "accumulate: needs `out`"),
+        (dict(out=torch.zeros(6, 9)), "out: got \\[6, 9\\]"),
+        (dict(out=torch.zeros(8, 6).T), "out: got .* needed \\[6, 8\\] with rows contiguous"),
+        (dict(out=torch.zeros(6, 8), compact=True), "out: got .* needed \\[2, 8\\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    arguments = {"dy": torch.zeros(5, 6), "x": torch.zeros(5, 8), "rows": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=message):
+        ops.salient_wgrad(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_is_a_well_formed_operator(axis, compact):
+    dy, x, rows = randn(20, 6), randn(20, 8, seed=1), some(6, 3)
+    torch.library.opcheck(torch.ops.longact.salient_wgrad.default, (dy, x, rows, axis, compact))
+    out = ops.salient_wgrad(dy, x, rows, axis, compact)
+    torch.library.opcheck(torch.ops.longact.salient_wgrad_.default, (out, dy, x, rows, axis, compact, True))
+
+
+def test_compiles_into_one_graph():
+    dy, x, rows = randn(20, 6), randn(20, 8, seed=1), some(6, 3)
+
+    def both(dy, x, rows):
+        out = ops.salient_wgrad(dy, x, rows)
+        return ops.salient_wgrad(dy, x, rows, out=out, accumulate=True)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(dy, x, rows), both(dy, x, rows))
+
+
+# The choice of splits, in plain integers
+
+splits = pytest.importorskip("longact_kernels.csrc_triton.salient_wgrad") if not interpreted() else None
+
+
+@pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
+@settings(deadline=None)
+@given(M=st.integers(0, 200_000), P=st.integers(1, 8192), Q=st.integers(1, 8192), programs=st.integers(1, 304))
+def test_splits_cover_every_token_once(M, P, Q, programs):
+    config = splits.launch_config("sm_90", 2, aligned=True)
+    count, tokens = splits.split_tokens(M, P, Q, config, programs)
+    assert tokens % config["BLOCK_M"] == 0
+    assert (count - 1) * tokens < max(M, 1) <= count * tokens
+
+
+@pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
+def test_tokens_are_split_where_tiles_alone_would_leave_the_gpu_idle():
+    config = splits.launch_config("sm_90", 2, aligned=True)
+    tiles_of_k = -(-320 // config["BLOCK_P"]) * (4096 // config["BLOCK_Q"])
+    count, _ = splits.split_tokens(32_768, 320, 4096, config, 132)  # Qwen3-8B's k_proj at density 0.3
+    assert tiles_of_k < 132 / 2 and count * tiles_of_k > 132
+    assert splits.split_tokens(2_048, 8_192, 8_192, config, 132)[0] == 1
