@@ -1,0 +1,150 @@
+"""`longact train` as a user types it: what a run leaves behind, and what bad input gets."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from longact_kernels.cli import main
+
+CONFIG = """
+length: 420
+train_prompts: 8
+eval_prompts: 3
+per_device_train_batch_size: 8
+num_generations: 4
+max_completion_length: 6
+max_steps: 3
+learning_rate: 1e-3
+use_cpu: true
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model and a config file in it."""
+    root = tmp_path_factory.mktemp("place")
+    tiny.save(root / "model")
+    (root / "tiny.yaml").write_text(f"model: {root / 'model'}\n{CONFIG}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(["train", "--config", "tiny.yaml", "--max_steps", "2"]) == 0
+    return place / "runs" / "tiny"
+
+
+def test_a_run_leaves_all_that_was_promised(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # The command line, 2, overrules the file, 3.
+    assert [record["step"] for record in records] == [1, 2]
+    assert {"reward", "churn", "tokens_per_second", "seconds_per_step"} <= records[1].keys()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"]["prompts"] == 3
+    assert summary["grpo_config"]["max_steps"] == 2
+    assert summary["versions"]["torch"]
+    for picture in ("reward", "churn", "saliency"):
+        assert (run / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def test_the_report_needs_nothing_but_itself(run):
+    page = (run / "report.html").read_text()
+    assert page.count("<picture>") == 3 == page.count("prefers-color-scheme: dark)' srcset")
+    sources = re.findall(r"(?:src|srcset|href)='([^']*)'", page)
+    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "width=device-width" in page
+
+
+def fail(capsys, *words) -> str:
+    """The one line that a command leaves on stderr."""
+    assert main(["train", *map(str, words)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--density", "1.5"], "density: got 1.5"),
+        (["--density", "much"], "--density: invalid float value: 'much'"),
+        (["--statistic", "max"], "--statistic: invalid choice: 'max'"),
+        (["--task", "poetry"], "task: got 'poetry', known tasks are niah_multikey_2"),
+        (["--length", "20"], "length: 20 tokens are too few"),
+        (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
+        (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
+        (["--num_generations", "3"], "num_generations"),
+        (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),
+        (["--config", "missing.yaml"], "cannot read missing.yaml"),
+        (["--config"], "--config: needed the path"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    config = [] if words[0] == "--config" else ["--config", place / "tiny.yaml"]
+    assert message in fail(capsys, *config, "--output_dir", "out", *words)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1e-5", "config file: there is no '--learning_rte'; did you mean 'learning_rate'?"),
+        ("- a\n- b", "must contain a YAML mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_bad_config_file_gets_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in fail(capsys, "--config", tmp_path / "bad.yaml")
+
+
+def test_a_folder_that_is_no_model(place, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "empty"]
+    assert "holds no model (no config.json in it)" in fail(capsys, *words)
+
+
+def test_a_model_without_query_and_key_projections(place, tmp_path, capsys):
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
+    words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "gpt2"]
+    message = fail(capsys, *words)
+    assert "q_proj" in message and "k_proj" in message and "lm_head" in message
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [[], ["--resume", "--density", "0.5"], ["--resume", "--no-longact"]])
+def test_a_folder_with_another_run_is_left_alone(place, run, capsys, words):
+    held = contents(run)
+    message = fail(capsys, "--config", place / "tiny.yaml", "--output_dir", run, *words)
+    assert ("holds another run" if words else "is not empty") in message
+    assert contents(run) == held
+
+
+def test_help_needs_no_trainer():
+    code = (
+        "import sys; from longact_kernels.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'trl', 'transformers'} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "train" in shown

@@ -1,0 +1,158 @@
+"""A run that was stopped and goes on, against one that was never stopped."""
+
+import json
+import os
+import shlex
+import signal
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longact_kernels.rl import train as driver
+
+STEPS = 4
+STOPPED_IN = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+def arguments(folder, output, *more):
+    options = {
+        "model": folder,
+        "output_dir": output,
+        "length": 420,
+        "train_prompts": 16,
+        "eval_prompts": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+    }
+    return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
+
+
+def reward(stop_in_step=None):
+    """Share of even bytes, which random completions earn too; raises SIGINT in a step if asked."""
+    calls = []
+
+    def even_bytes(completions, **_):
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        calls.append(texts)
+        # The first call is that of the evaluation before training.
+        if stop_in_step is not None and len(calls) == 1 + stop_in_step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in texts]
+
+    return even_bytes
+
+
+@pytest.fixture(scope="module", params=["lagged compact", "current full", "dense"])
+def runs(request, folder, tmp_path_factory):
+    """Folders of a run that went through and of one that Ctrl-C stopped, and the second's output until then."""
+    more = {
+        "lagged compact": ["--state", "compact", "--refresh_every", "3"],
+        "current full": ["--selection", "current", "--statistic", "l2"],
+        "dense": ["--no-longact"],
+    }[request.param]
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "1000")
+        patch.setattr(driver, "string_match", reward())
+        assert driver.train(arguments(folder, root / "whole", *more)) == 0
+        patch.setattr(driver, "string_match", reward(STOPPED_IN))
+        printed = []
+        patch.setattr(driver.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
+        assert driver.train(arguments(folder, root / "stopped", *more)) == driver.INTERRUPTED
+        patch.setattr(driver, "string_match", reward())
+        command = shlex.split(printed[-1].splitlines()[-1])
+        assert command[:2] == ["longact", "train"]
+        assert [path.name for path in (root / "stopped").glob("checkpoint-*")].count(f"checkpoint-{STOPPED_IN}") == 1
+        assert not (root / "stopped" / f"checkpoint-{STOPPED_IN + 1}").exists()
+        assert driver.train(command[2:]) == 0
+    return root / "whole", root / "stopped"
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_optimizer_and_schedule_are_the_same_bit_for_bit(runs, name):
+    whole, stopped = (torch.load(run / f"checkpoint-{STEPS}" / name, weights_only=True) for run in runs)
+    assert_same(whole, stopped, name)
+
+
+def test_the_random_states_are_the_same(runs):
+    whole, stopped = (torch.load(run / f"checkpoint-{STEPS}" / "rng_state.pth", weights_only=False) for run in runs)
+    assert_same(whole["cpu"], stopped["cpu"])
+    assert whole["python"] == stopped["python"]
+
+
+def test_the_weights_are_the_same_and_moved(runs, folder):
+    whole, stopped = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert_same(whole, stopped)
+    untrained = load_file(folder / "model.safetensors")
+    assert whole.keys() == untrained.keys()
+    assert any(not torch.equal(whole[name].float(), untrained[name].to(torch.bfloat16).float()) for name in whole)
+
+
+def test_the_metrics_are_one_run_s(runs):
+    def records(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k and "time" not in k}
+            for line in lines
+        ]
+
+    whole, stopped = map(records, runs)
+    assert [record["step"] for record in whole] == list(range(1, STEPS + 1))
+    # The churn of the first step after resuming has no set to compare with.
+    stopped[STOPPED_IN].setdefault("churn", whole[STOPPED_IN].get("churn"))
+    for record in (*whole, *stopped):
+        record.pop("churn", None) if record.get("churn") is None else None
+    assert whole == stopped
+    assert (runs[0] / "accuracy_before.json").read_text() == (runs[1] / "accuracy_before.json").read_text()
+
+
+def test_the_model_is_an_ordinary_checkpoint(runs):
+    for run in runs:
+        model = AutoModelForCausalLM.from_pretrained(run / "model")
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert AutoTokenizer.from_pretrained(run / "model")("x")["input_ids"]
+        for name in ("model", f"checkpoint-{STEPS}"):
+            for path in (run / name).glob("*"):
+                assert path.name == "optimizer.pt" or b"longact" not in path.read_bytes().lower(), path
+
+
+def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
+    monkeypatch.setattr(driver, "string_match", reward())
+    run = runs[0]
+    kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "model/model.safetensors")}
+    held = json.loads((run / "run.json").read_text())
+    more = ["--state", held["state"], "--selection", held["selection"], "--statistic", held["statistic"]]
+    more += ["--refresh_every", str(held["refresh_every"])] + ([] if held["longact"] else ["--no-longact"])
+    assert driver.train(arguments(folder, run, *more, "--resume")) == 0
+    assert not (run / f"checkpoint-{STEPS + 1}").exists()
+    assert kept == {name: (run / name).read_bytes() for name in kept}
