@@ -251,10 +251,11 @@ def channel_stats_work(M: int, N: int, itemsize: int, masked: bool = False) -> W
     """`channel_stats` on one sequence [M, N]; counted by running it, in tests/test_channel_stats.py."""
     from longact_kernels.csrc_triton.channel_stats import CHUNK, PARTIAL
 
-    read = M * N * itemsize
+    minimum = M * N * itemsize + (M if masked else 0)
     # Every block of channels reads the mask anew; partial results are written, then read.
-    mask = M * -(-N // PARTIAL["aligned"]["BLOCK_N"]) if masked else 0
-    return Work(f"[{M}, {N}]", moved=read + mask + 16 * -(-M // CHUNK) * N + 8 * N, minimum=read)
+    mask_again = M * (-(-N // PARTIAL["aligned"]["BLOCK_N"]) - 1) if masked else 0
+    partial = 16 * -(-M // CHUNK) * N
+    return Work(f"[{M}, {N}]", moved=minimum + mask_again + partial + 8 * N, minimum=minimum)
 
 
 def sparse_adamw_work(rows: int, K: int, itemsize: int, master: bool) -> Work:

@@ -1,0 +1,346 @@
+"""`sparse_adamw_` against an independent fp64 computation, on whatever implementation the device runs."""
+
+import math
+import mmap
+import os
+
+import exact_interpreter  # noqa: F401
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traffic import count_bytes
+
+from longact_kernels import ops
+from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+examples = settings(max_examples=25 if INTERPRETED else 80, deadline=None, derandomize=True)
+BETA1, BETA2, EPS, DECAY, LR = 0.9, 0.999, 1e-8, 0.1, 1e-2
+
+
+class Case:
+    """Weights, gradients and states of a call, with the channels along `axis`."""
+
+    def __init__(self, shapes, dtype, grad_dtype=None, axis="rows", compact=False, master=False, grad_compact=False):
+        generator = torch.Generator().manual_seed(len(shapes) + 7 * sum(map(sum, shapes)))
+        self.axis, self.compact, dim = axis, compact, 0 if axis == "rows" else 1
+        held = {name: [] for name in ("weights", "grads", "rows", "exp_avgs", "exp_avg_sqs", "steps", "masters")}
+        for *shape, count in shapes:
+            index = torch.randperm(shape[dim], generator=generator)[:count].sort().values
+            whole, part = shape, [count, shape[1]] if dim == 0 else [shape[0], count]
+            state = part if compact else whole
+            values = {
+                "weights": torch.randn(whole, generator=generator).to(dtype),
+                "grads": (torch.randn(part if grad_compact else whole, generator=generator) / 8).to(
+                    grad_dtype or dtype
+                ),
+                "rows": index,
+                "exp_avgs": torch.randn(state, generator=generator) / 100,
+                "exp_avg_sqs": torch.rand(state, generator=generator) / 100,
+                "steps": torch.randint(0, 3000, (state[dim],), generator=generator).int(),
+            }
+            values["masters"] = torch.randn(state, generator=generator)
+            for name, value in values.items():
+                held[name].append(value.to(DEVICE))
+        if not master:
+            held["masters"] = []
+        self.held = held
+
+    def run(self, op=ops.sparse_adamw_, maximize=False, grad_scale=None, found_inf=None, seed=None, decay=DECAY):
+        lr = torch.tensor(LR, device=DEVICE)
+        scalars = (None if s is None else torch.tensor(s, device=DEVICE) for s in (grad_scale, found_inf))
+        settled = (lr, BETA1, BETA2, EPS, decay, self.compact, maximize, self.axis)
+        op(*self.held.values(), *settled, *scalars, seed)
+
+    def copy(self):
+        other = object.__new__(Case)
+        other.axis, other.compact = self.axis, self.compact
+        other.held = {name: [t.clone() for t in tensors] for name, tensors in self.held.items()}
+        return other
+
+    def channels(self, name, i):
+        """One of the tensors as fp64 on the CPU, its channels along the first dimension."""
+        tensor = self.held[name][i].cpu().double()
+        return tensor.t() if self.axis == "columns" and tensor.ndim == 2 else tensor
+
+
+def bits(tensor):
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
+    """Every salient channel against the formula in fp64, and all else bit for bit."""
+    for i, index in enumerate(before.held["rows"]):
+        index = index.cpu()
+        slots = torch.arange(len(index)) if before.compact else index
+        grad, weight = before.channels("grads", i), before.channels("weights", i)
+        g = (grad if len(grad) != len(weight) else grad[index]) / grad_scale * (-1 if maximize else 1)
+        m = BETA1 * before.channels("exp_avgs", i)[slots] + (1 - BETA1) * g
+        v = BETA2 * before.channels("exp_avg_sqs", i)[slots] + (1 - BETA2) * g * g
+        tau = before.channels("steps", i)[slots].unsqueeze(1) + 1
+        has_master = bool(before.held["masters"])
+        w = before.channels("masters", i)[slots] if has_master else weight[index]
+        update = LR * (m / (1 - BETA1**tau)) / ((v / (1 - BETA2**tau)).sqrt() + EPS)
+        w = (1 - LR * decay) * w - update
+        wanted = {"exp_avgs": m, "exp_avg_sqs": v, "steps": tau[:, 0]} | ({"masters": w} if has_master else {})
+        for name, want in wanted.items():
+            # A few roundings of fp32, of sums whose terms may cancel.
+            size = {"exp_avgs": g.abs() + m.abs(), "masters": w.abs() + update.abs()}.get(name, want.abs())
+            assert ((after.channels(name, i)[slots] - want).abs() <= 2.0**-21 * size + 1e-37).all(), name
+        dtype = after.held["weights"][i].dtype
+        if has_master:  # the weight is the master, rounded
+            rounded = after.channels("masters", i)[slots].to(dtype).double()
+            assert torch.equal(after.channels("weights", i)[index], rounded)
+        else:
+            ulp = torch.finfo(dtype).eps
+            error = (after.channels("weights", i)[index] - w).abs()
+            assert (error <= (ulp / 2 + 2.0**-21) * (w.abs() + update.abs()) + 2.0**-25).all()
+        for name, kept in {"weights": index, "exp_avgs": slots, "exp_avg_sqs": slots, "steps": slots}.items():
+            outside = torch.ones(len(before.channels(name, i)), dtype=torch.bool)
+            outside[kept] = False
+            dim = 1 if before.axis == "columns" and before.held[name][i].ndim == 2 else 0
+            at = outside.nonzero()[:, 0].to(DEVICE)
+            old, new = (c.held[name][i].index_select(dim, at) for c in (before, after))
+            assert torch.equal(bits(old), bits(new)), name
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@st.composite
+def cases(draw):
+    shapes = []
+    for _ in range(draw(st.integers(1, 3))):
+        N, K = draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 8, 16, 37, 64, 1100]))
+        axis_size = N if draw(st.booleans()) else min(N, K)
+        shapes.append((N, K, draw(st.integers(0, min(5, axis_size, K)))))
+    dtype, grad_dtype = draw(st.sampled_from(DTYPES))
+    return Case(
+        shapes,
+        dtype,
+        grad_dtype,
+        axis=draw(st.sampled_from(["rows", "columns"])),
+        compact=draw(st.booleans()),
+        master=draw(st.booleans()),
+        grad_compact=draw(st.booleans()),
+    )
+
+
+@given(cases(), st.booleans(), st.sampled_from([None, 1.0, 1024.0, 3.0]))
+@examples
+def test_matches_fp64(case, maximize, grad_scale):
+    before = case.copy()
+    case.run(maximize=maximize, grad_scale=grad_scale, found_inf=0.0 if grad_scale else None)
+    check(before, case, maximize, grad_scale or 1.0)
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_strided_weights_and_gradients(axis):
+    case = Case([(24, 32, 5)], torch.bfloat16, axis=axis)
+    wide = torch.zeros(24, 50, dtype=torch.bfloat16, device=DEVICE)
+    wide[:, :32] = case.held["weights"][0]
+    case.held["weights"][0] = wide[:, :32]
+    case.held["grads"][0] = case.held["grads"][0].t().contiguous().t()
+    before = case.copy()
+    case.run()
+    check(before, case)
+    assert (wide[:, 32:] == 0).all()
+
+
+def test_whole_sets_are_torchs_adamw():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(12, 40, device=DEVICE))
+    case = Case([(12, 40, 12)], torch.float32)
+    case.held["weights"][0].copy_(weight.detach())
+    for name in ("exp_avgs", "exp_avg_sqs", "steps"):
+        case.held[name][0].zero_()
+    optimizer = torch.optim.AdamW([weight], LR, (BETA1, BETA2), EPS, DECAY)
+    for _ in range(6):
+        weight.grad = torch.randn_like(weight)
+        case.held["grads"][0] = weight.grad
+        optimizer.step()
+        case.run()
+        torch.testing.assert_close(case.held["weights"][0], weight.detach(), rtol=2e-6, atol=1e-7)
+    assert (case.held["steps"][0] == 6).all()
+
+
+@pytest.mark.parametrize("beta1, beta2", [(0.9, 0.999), (0.95, 0.9999), (0.0, 0.5), (0.99, 0.999999)])
+def test_bias_correction_does_not_cancel(beta1, beta2):
+    taus = torch.tensor([1, 2, 3, 7, 10, 50, 100, 1000, 10_000, 100_000, 10_000_000], dtype=torch.int32, device=DEVICE)
+    n, ones = len(taus), torch.ones(len(taus), 8, device=DEVICE)
+    weight, rows, steps = torch.zeros_like(ones), torch.arange(n, device=DEVICE), taus - 1
+    lr = torch.tensor(1.0, device=DEVICE)
+    # Moments that stay at 1 leave the two corrections alone in the update.
+    ops.sparse_adamw_([weight], [ones], [rows], [ones.clone()], [ones.clone()], [steps], [], lr, beta1, beta2, 0.0, 0.0)
+    tau = taus.cpu().double()
+    want = -(1 - beta2**tau).sqrt() / (1 - beta1**tau)
+    error = (weight[:, 0].cpu().double() - want).abs() / want.abs()
+    assert error.max() <= 2.0**-21
+    assert torch.equal(steps, taus)
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_found_inf_changes_nothing(axis):
+    case = Case([(20, 24, 6)], torch.float16, axis=axis, master=True)
+    before = case.copy()
+    case.run(grad_scale=8.0, found_inf=1.0)
+    for name, tensors in before.held.items():
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, case.held[name], strict=True)), name
+
+
+def test_non_finite_gradients_show():
+    case = Case([(4, 16, 4)], torch.bfloat16, master=True)
+    case.held["grads"][0][1, 3] = torch.nan
+    case.held["grads"][0][2, 5] = torch.inf
+    case.run()
+    for name in ("weights", "masters"):
+        assert case.held[name][0][1, 3].isnan() and not case.held[name][0][2, 5].isfinite()
+        assert case.held[name][0].isfinite().sum() == 4 * 16 - 2
+
+
+@pytest.mark.parametrize("dtype, start", [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 2.0**-16)])
+def test_stochastic_rounding_keeps_the_mean(dtype, start):
+    """With an update of a quarter of the distance between neighbours, a quarter of the weights moves by all of it."""
+    gap = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype] if start == 1.0 else 2.0**-24
+    case = Case([(8, 1024, 8)], dtype, torch.float32)
+    case.held["weights"][0].fill_(start)
+    case.held["exp_avgs"][0].fill_(1.0)
+    case.held["exp_avg_sqs"][0].fill_(1.0)
+    case.held["grads"][0].fill_(1.0)
+    case.held["steps"][0].fill_(10_000_000)
+    first, again, other = case.copy(), case.copy(), case.copy()
+    held = list(first.held.values())
+    lr = torch.tensor(gap / 4, device=DEVICE)
+    for chosen, seed in ((first, 3), (again, 3), (other, 4)):
+        ops.sparse_adamw_(*chosen.held.values(), lr, BETA1, BETA2, 0.0, 0.0, seed=seed)
+    moved = held[0][0].float() < start
+    assert ((held[0][0].float() == start - gap) | ~moved).all()
+    n = moved.numel()
+    assert abs(moved.float().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n)
+    # In no direction do neighbours move together.
+    for a, b in ((moved[1:], moved[:-1]), (moved[:, 1:], moved[:, :-1])):
+        assert abs((a & b).float().mean().item() - 0.0625) < 5 * math.sqrt(0.0625 / n)
+    assert torch.equal(held[0][0], again.held["weights"][0])
+    assert (held[0][0] != other.held["weights"][0]).any()
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_draws_the_references_bits(axis, dtype):
+    case = Case([(20, 48, 9), (16, 40, 7)], dtype, axis=axis)
+    case.held["weights"][0][:, ::3] *= 1e-6
+    other = case.copy()
+    case.run(seed=-5)
+    other.run(reference, seed=-5)
+    for ours, theirs in zip(case.held["weights"], other.held["weights"], strict=True):
+        # Where the fp32 values differ in their last bit, so may a rounding, once in thousands.
+        assert (ours != theirs).sum() <= 2
+
+
+def test_same_bits_every_time():
+    first = Case([(32, 64, 10), (16, 72, 4)], torch.bfloat16, master=True)
+    second = first.copy()
+    first.run()
+    second.run()
+    for name, tensors in first.held.items():
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, second.held[name], strict=True)), name
+
+
+def test_nothing_to_do():
+    ops.sparse_adamw_([], [], [], [], [], [], [], torch.tensor(LR), BETA1, BETA2, EPS, DECAY)
+    case = Case([(8, 16, 0)], torch.float32)
+    before = case.copy()
+    case.run()
+    assert torch.equal(before.held["weights"][0], case.held["weights"][0])
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_opcheck(master):
+    held = Case([(6, 16, 3)], torch.bfloat16, master=master).held
+    lr = torch.tensor(LR, device=DEVICE)
+    args = (*held.values(), lr, BETA1, BETA2, EPS, DECAY, False, False, "rows", None, None, None)
+    torch.library.opcheck(torch.ops.longact.sparse_adamw_.default, args)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="traces no kernel code, so that once is enough")
+def test_compiles_into_one_graph():
+    eager = Case([(6, 16, 3)], torch.float32)
+    compiled = eager.copy()
+
+    def step(weights, *rest):
+        ops.sparse_adamw_(weights, *rest, torch.tensor(LR, device=DEVICE), BETA1, BETA2, EPS, DECAY)
+        return weights[0] * 2
+
+    wanted = step(*eager.held.values())
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled.held.values())
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(compiled.held["exp_avgs"], eager.held["exp_avgs"])
+
+
+def test_bad_arguments_are_named():
+    def refuse(message, **changes):
+        case = Case([(6, 16, 3)], torch.float32)
+        case.axis = changes.pop("axis", "rows")
+        case.held.update(changes)
+        with pytest.raises(ValueError, match=message):
+            case.run()
+
+    refuse("axis: got 'diagonal'", axis="diagonal")
+    refuse(r"lists of one length", steps=[])
+    refuse(r"grads\[0\].*\[6, 16\] or \[3, 16\]", grads=[torch.zeros(5, 16)])
+    refuse(r"weights\[0\]: got torch.float64", weights=[torch.zeros(6, 16, dtype=torch.float64)])
+    refuse(r"weights\[0\]: got strides", weights=[torch.zeros(16, 6).t()])
+    refuse(r"exp_avgs\[0\].*needed torch.float32 \[6, 16\]", exp_avgs=[torch.zeros(3, 16)])
+    refuse(r"steps\[0\]: got torch.int64", steps=[torch.zeros(6, dtype=torch.int64)])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
+@pytest.mark.parametrize("dtype, master", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)])
+def test_bytes_moved_are_the_least(dtype, master):
+    from longact_kernels.budgets import sparse_adamw_work
+
+    case = Case([(64, 2048, 6), (32, 2048, 4)], dtype, master=master)
+    with count_bytes() as moved:
+        case.run()
+    work = sparse_adamw_work(10, 2048, dtype.itemsize, master)
+    assert moved["read"] + moved["written"] == work.moved
+    assert work.moved <= 1.005 * work.minimum
+    if dtype == torch.bfloat16 and master:
+        # Gradient 2, weight 2, moments 16, master 8: what a dense fused AdamW moves for every element.
+        assert work.minimum == 10 * 2048 * 28
+        # 30% of the rows: 0.31 of the bytes, with what finding them costs.
+        assert 0.3 * work.moved / work.minimum <= 0.31
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs a kernel on a sparse address range")
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_offsets_beyond_2_31_elements(axis):
+    case = Case([(2, 16, 2)], torch.bfloat16, axis=axis)
+    stride = 2**31 + 64  # in memory that exists only where it is touched
+    far = torch.frombuffer(mmap.mmap(-1, 2 * stride + 4096), dtype=torch.bfloat16).as_strided((2, 16), (stride, 1))
+    far.copy_(case.held["weights"][0])
+    case.held["weights"][0] = far
+    before = Case([(2, 16, 2)], torch.bfloat16, axis=axis)
+    case.run()
+    check(before, case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="looks into the launcher of the kernel")
+def test_the_table_is_built_once():
+    from longact_kernels.ops.sparse_adamw import _table
+
+    case = Case([(8, 16, 2)], torch.float32)
+    case.run()
+    built = _table.cache_info().misses
+    case.run()
+    assert _table.cache_info().misses == built
+    case.held["grads"][0] = case.held["grads"][0].clone()
+    case.run()
+    assert _table.cache_info().misses == built + 1
