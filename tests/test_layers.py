@@ -12,14 +12,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"csrc_triton", "reference"},
     {"cpu"},
-    {"ops", "budgets", "tune"},
+    {"ops"},
     {"functional"},
     {"modules"},
     {"models"},
     {"saliency"},
     {"optim"},
     {"integrations"},
-    {"rl"},
+    {"rl", "budgets", "tune"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -190,15 +190,6 @@ def test_scope_layer_lets_all_channels_compete():
 
 
 def test_heads_of_different_sizes_in_one_model():
-    class Attention(torch.nn.Module):
-        def __init__(self, head_dim):
-            super().__init__()
-            self.head_dim = head_dim
-            self.q_proj, self.k_proj = torch.nn.Linear(6, 4 * head_dim), torch.nn.Linear(6, 2 * head_dim)
-
-        def forward(self, x):
-            return self.q_proj(x).sum() + self.k_proj(x).sum()
-
     torch.manual_seed(0)
     model = torch.nn.ModuleList([Attention(10), Attention(4), Attention(10)])
     longact = LongAct(model)
@@ -298,35 +289,41 @@ def test_moving_the_model_takes_the_statistics_along():
     assert all(layer.salient.rows.device.type == "meta" for layer in longact.layers.values())
 
 
-def _rank(rank, port, statistic, results):
-    import os
+class Attention(torch.nn.Module):
+    """Two projections and nothing else, for what needs no language model around it."""
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
-    model = tiny_model()
+    def __init__(self, head_dim: int = 10):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj = torch.nn.Linear(6, 4 * head_dim), torch.nn.Linear(6, 2 * head_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x).sum() + self.k_proj(x).sum()
+
+
+def attention_sets(statistic: str, rank: int | None = None) -> tuple[dict[str, list[int]], torch.Tensor]:
+    """The sets chosen from a batch of 8 sequences, or from a rank's half of it."""
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(8, 5, 6)
     longact = LongAct(model, statistic=statistic)
-    backward(model, tokens(8).chunk(2)[rank])
+    model(x if rank is None else x.chunk(2)[rank]).backward()
     longact.mask_gradients()
-    results[rank] = (sets(longact), torch.cat([longact.saliency(name) for name in longact.layers]))
+    return sets(longact), torch.cat([longact.saliency(name) for name in longact.layers])
+
+
+def _rank(rank, file, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    results[rank] = {statistic: attention_sets(statistic, rank) for statistic in ("absmax", "l2")}
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("statistic", ["absmax", "l2"])
-def test_ranks_choose_the_set_of_the_whole_batch(statistic):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+def test_ranks_choose_the_set_of_the_whole_batch(tmp_path):
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(_rank, (port, statistic, results), nprocs=2)
-        model = tiny_model()
-        longact = LongAct(model, statistic=statistic)
-        backward(model, tokens(8))
-        longact.mask_gradients()
-        whole = torch.cat([longact.saliency(name) for name in longact.layers])
-        for rank in (0, 1):
-            assert results[rank][0] == sets(longact)
-            torch.testing.assert_close(results[rank][1], whole, rtol=1e-6, atol=0)
+        torch.multiprocessing.spawn(_rank, (tmp_path / "rendezvous", results), nprocs=2)
+        for statistic in ("absmax", "l2"):
+            chosen, saliency = attention_sets(statistic)
+            for rank in (0, 1):
+                assert results[rank][statistic][0] == chosen
+                torch.testing.assert_close(results[rank][statistic][1], saliency, rtol=1e-6, atol=0)
