@@ -1,0 +1,50 @@
+"""The CPU weight gradient of the salient channels against fp64 and the reference."""
+
+import torch
+from cpu_forms import relaxed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longact_kernels.cpu.salient_wgrad import salient_wgrad
+from longact_kernels.reference.salient_wgrad import salient_wgrad as reference
+
+
+@relaxed
+@given(
+    M=st.integers(0, 600),
+    N=st.integers(1, 40),
+    K=st.integers(1, 40),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    axis=st.sampled_from(["rows", "columns"]),
+    compact=st.booleans(),
+    given_out=st.booleans(),
+    accumulate=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_combination(M, N, K, density, dtype, axis, compact, given_out, accumulate, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dy = torch.randn(M, N + 3, generator=generator).to(dtype)[:, :N]
+    x = torch.randn(M, K, generator=generator).to(dtype)
+    channels = N if axis == "rows" else K
+    rows = torch.randperm(channels, generator=generator)[: round(density * channels)].sort().values
+    shape = (N, K) if not compact else (len(rows), K) if axis == "rows" else (N, len(rows))
+    out = torch.randn(shape, generator=generator).to(torch.float32 if compact else dtype) if given_out else None
+    accumulate = accumulate and given_out
+
+    wanted = reference(dy.double(), x.double(), rows, axis, compact, None if out is None else out.double(), accumulate)
+    theirs = reference(dy, x, rows, axis, compact, None if out is None else out.clone(), accumulate)
+    got = salient_wgrad(dy, x, rows, axis, compact, out, accumulate)
+    assert got.shape == wanted.shape and got.dtype == theirs.dtype and got.is_contiguous()
+    assert out is None or got is out
+    # What the order of an fp32 sum may change, and one rounding.
+    magnitude = reference(dy.double().abs(), x.double().abs(), rows, axis, compact)
+    rounding = torch.finfo(torch.float32).eps * magnitude + torch.finfo(got.dtype).eps * wanted.abs()
+    assert ((got.double() - wanted).abs() <= (theirs.double() - wanted).abs() + rounding).all()
+
+
+def test_channels_outside_the_set_are_zero():
+    dy, x, rows = torch.randn(50, 20), torch.randn(50, 30), torch.tensor([2, 7, 19])
+    dw = salient_wgrad(dy, x, rows)
+    outside = [i for i in range(20) if i not in rows.tolist()]
+    assert dw[outside].count_nonzero() == 0 and dw[rows].count_nonzero() == dw[rows].numel()
