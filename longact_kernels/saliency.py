@@ -103,7 +103,11 @@ class LongAct:
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask of the forward under way, if it fits a layer's input [B, T, K]."""
-        return self._mask if self._mask is not None and self._mask.shape == x.shape[:-1] else None
+        if self._mask is None or x.ndim != 3:
+            return None
+        # With cached keys and values, the attention mask also covers the tokens that came before.
+        mask = self._mask[:, -x.shape[1] :]
+        return mask if mask.shape == x.shape[:-1] else None
 
     def stats_on(self, salient: SalientChannels, device: torch.device) -> RunningStats:
         """A layer's statistics, on the device of its activations: a model may be moved after its swap."""

@@ -1,7 +1,9 @@
-"""Generation by transformers, with every distinct prompt read once."""
+"""Generating completions and scoring them, with every distinct prompt read once."""
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 Prompt = str | list[dict[str, str]]
 
@@ -32,37 +34,69 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], config: Generatio
 
     Args:
         model: leaves its training flag as it is; set `eval()` before where dropout matters.
-        prompts: token ids; equal prompts share one reading.
+        prompts: token ids.
         config: `pad_token_id` and `eos_token_id` must be set.
 
     Returns:
         Token ids of the completions, each up to and with its first end-of-sequence token.
     """
-    distinct = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    length = max(map(len, distinct))
-    ids = torch.full((len(distinct), length), config.pad_token_id, device=model.device)
-    mask = torch.zeros_like(ids)
-    for prompt, i in distinct.items():
-        ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = 1
+    length = max(map(len, prompts))
+    ids = torch.tensor([[config.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cache = read_prompts(model, ids, mask)
+    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+    return [trim(completion, config.eos_token_id) for completion in out[:, length:].tolist()]
 
-    # All tokens but the last, which `generate` needs for itself.
+
+def score(model: PreTrainedModel, ids: Tensor, mask: Tensor, completion_length: int) -> ModelOutput:
+    """The model's fused LM head on the completions of a batch, reading equal prompts once, also for backward.
+
+    Args:
+        model: with TRL's fused LM head.
+        ids: prompts, left-padded, and behind them completions, right-padded: int64 [B, P + C].
+        mask: 1 on tokens, 0 on padding; [B, P + C].
+        completion_length: C.
+
+    Returns:
+        As the fused LM head on the whole batch, but of the completions only: `log_probs` [B, C], ...
+    """
+    prompt = ids.shape[1] - completion_length
+    cache = read_prompts(model, ids[:, :prompt], mask[:, :prompt])
+    # From the prompt's last token on: it predicts the completion's first.
+    labels = ids.masked_fill(mask == 0, -100)[:, prompt - 1 :]
+    labels[:, 0] = -100
+    return model(
+        input_ids=ids[:, prompt - 1 :],
+        attention_mask=mask,
+        position_ids=positions(mask)[:, prompt - 1 :],
+        past_key_values=cache,
+        labels=labels,
+        fused_lm_head=True,
+    )
+
+
+def read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
+    """The keys and values of all but the last token of left-padded prompts [B, P], computed once for equal prompts."""
     cache = DynamicCache(config=model.config)
-    if length > 1:
+    if ids.shape[1] > 1:
+        distinct, row = torch.unique(torch.stack([ids, mask], dim=-1), dim=0, return_inverse=True)
+        mask = distinct[:, :-1, 1]
         model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+            input_ids=distinct[:, :-1, 0],
+            attention_mask=mask,
+            position_ids=positions(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-    row = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
-    cache.batch_select_indices(row)
-    out = model.generate(input_ids=ids[row], attention_mask=mask[row], past_key_values=cache, generation_config=config)[
-        :, length:
-    ]
-    return [trim(completion, config.eos_token_id) for completion in out.tolist()]
+        cache.batch_select_indices(row)
+    return cache
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Each token's place in its sequence, padding not counted."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def trim(completion: list[int], eos_token_id: int | list[int]) -> list[int]:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,8 @@ def load_model(
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"model: the folder {source} holds no model (no config.json in it)")
     try:
+        if not Path(source).is_dir():
+            look_up(source)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **init_kwargs)
     except (OSError, ValueError, KeyError) as error:
@@ -39,6 +42,15 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def look_up(name: str) -> None:
+    """Asks the Hub for a model that is not in the local cache: once, where loading would go on asking for minutes."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the Hub's client lets through whatever its HTTP library raises
+        raise OSError(str(error)) from error
 
 
 def smollm2_folder() -> Path:

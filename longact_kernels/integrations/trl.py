@@ -5,14 +5,15 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.integrations.generation import encode_prompts, generate
+from longact_kernels.integrations.generation import encode_prompts, generate, score
 
 
 class LongActGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with `SalientAdamW`, sparse or (with `longact=None`) dense.
 
-    With LongAct, its logs also hold the layers' mean `churn`. In all else it is TRL's: the algorithms and options of
-    `GRPOConfig` work, except `optim`.
+    Where one process holds the whole model, without activation checkpointing, a group's prompt is read once, both to
+    generate and to train. With LongAct, the logs also hold the layers' mean `churn`. In all else it is TRL's: the
+    algorithms and options of `GRPOConfig` work, except `optim`.
 
     Args:
         longact: the controller of the model's salient sets; `None` trains densely with the same optimizer.
@@ -74,6 +75,26 @@ class LongActGRPOTrainer(GRPOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
             return generate(model, prompt_ids, self.generation_config), None
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **inputs
+    ):
+        # The paper's L2 statistic is a mean over sequences, each with its own copy of the prompt.
+        if (
+            self.accelerator.num_processes > 1
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or self.args.gradient_checkpointing
+            or (batch_size or len(input_ids)) < len(input_ids)
+            or any(value is not None and value is not False for value in inputs.values())
+            or (self.longact is not None and self.longact.statistic != "absmax")
+        ):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **inputs
+            )
+        with self.accelerator.autocast():
+            outputs = score(model, input_ids, attention_mask, logits_to_keep)
+        return outputs.log_probs, outputs.entropy if compute_entropy else None, None
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: the run's folder has its own report."""
