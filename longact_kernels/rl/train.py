@@ -42,9 +42,8 @@ def train(argv: list[str]) -> int:
     except KeyboardInterrupt:
         pass
     command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
-    run.console.print(
-        f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with\n{command}"
-    )
+    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with")
+    run.console.print(command, soft_wrap=True, markup=False, highlight=False)
     return INTERRUPTED
 
 
@@ -67,7 +66,11 @@ class Run:
         disable_progress_bars()
         logging.disable_progress_bar()
         with console.status(f"loading {arguments.model}"):
-            self.model, self.tokenizer = load_model(arguments.model, **(training.model_init_kwargs or {}))
+            self.model, self.tokenizer = load_model(
+                arguments.model,
+                trust_remote_code=training.trust_remote_code,
+                **(training.model_init_kwargs or {}),
+            )
             self.longact = build_longact(self.model, arguments)
             self.held_out = self.prompts("test", arguments.eval_prompts)
             self.trainer = LongActGRPOTrainer(
@@ -146,7 +149,8 @@ class Run:
         summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
         write_report(self.folder.path, summary, metrics, saliency, self.held_out, before, after)
         self.console.print(summary_table(summary))
-        self.console.print(f"report  {self.folder.path / 'report.html'}\nmodel   {self.folder.path / 'model'}")
+        for name in ("report.html", "model"):
+            self.console.print(self.folder.path / name, soft_wrap=True, markup=False)
 
 
 def build_longact(model: PreTrainedModel, arguments: TrainArguments) -> LongAct | None:
