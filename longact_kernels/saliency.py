@@ -17,6 +17,7 @@ from longact_kernels.modules import SalientChannels, SalientLinear
 Statistic = Literal["absmax", "l2"]
 Scope = Literal["head", "layer"]
 Selection = Literal["lagged", "current"]
+Strategy = Literal["top", "random", "bottom"]
 Nonfinite = Literal["error", "skip"]
 
 
@@ -44,6 +45,10 @@ class LongAct:
             computes the salient rows only (the first step is taken as "current"); "current" (the paper) chooses the set
             from the step's own batch, after a dense backward.
         refresh_every: optimizer steps between two choices of the set.
+        ema: weight of the saliency before in that of a refresh, in [0, 1): a moving average changes the sets less.
+        freeze_after: optimizer steps after which the sets stay and statistics are no longer taken; None for never.
+        strategy: "top" takes the channels of largest saliency; "bottom" the smallest and "random" any, for comparison.
+        seed: of strategy "random"; the sets are the same on every rank and at every run.
         nonfinite: what a NaN or Inf activation does at refresh: "error" raises, naming the layers (one host read a
             refresh); "skip" keeps the set (nothing is read on the host).
 
@@ -63,18 +68,30 @@ class LongAct:
         scope: Scope = "head",
         selection: Selection = "lagged",
         refresh_every: int = 1,
+        ema: float = 0.0,
+        freeze_after: int | None = None,
+        strategy: Strategy = "top",
+        seed: int = 0,
         nonfinite: Nonfinite = "error",
     ):
         if not 0 < density <= 1:
             raise ValueError(f"density: got {density}, needed a share of the channels above 0 and up to 1, such as 0.3")
         if refresh_every < 1:
             raise ValueError(f"refresh_every: got {refresh_every}, needed a number of steps of at least 1")
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema: got {ema}, needed a weight of at least 0 and below 1")
+        if freeze_after is not None and freeze_after < 1:
+            raise ValueError(f"freeze_after: got {freeze_after}, needed a number of steps of at least 1, or None")
         self.density = density
         self.statistic = _one_of("statistic", statistic, Statistic)
         self.scope = _one_of("scope", scope, Scope)
         self.selection = _one_of("selection", selection, Selection)
         self.nonfinite = _one_of("nonfinite", nonfinite, Nonfinite)
+        self.strategy = _one_of("strategy", strategy, Strategy)
         self.refresh_every = refresh_every
+        self.ema = ema
+        self.freeze_after = freeze_after
+        self.seed = seed
         self.steps = 0
         self.model = model
         self._absmax: Tensor
@@ -99,6 +116,14 @@ class LongAct:
             module.register_forward_pre_hook(self._take_mask, with_kwargs=True) for module in token_models(model)
         ]
 
+    @classmethod
+    def paper(cls, model: nn.Module) -> LongAct:
+        """The paper's recipe: L2 statistic, 30% of every head, from the step's own batch, anew at every step.
+
+        The paper masks gradients and leaves the rest to a stock optimizer: `longact.attach(torch.optim.AdamW(...))`.
+        """
+        return cls(model, density=0.3, statistic="l2", scope="head", selection="current", refresh_every=1)
+
     # What the layers ask for in their forward
 
     def mask_for(self, x: Tensor) -> Tensor | None:
@@ -109,12 +134,18 @@ class LongAct:
         mask = self._mask[:, -x.shape[1] :]
         return mask if mask.shape == x.shape[:-1] else None
 
-    def stats_on(self, salient: SalientChannels, device: torch.device) -> RunningStats:
-        """A layer's statistics, on the device of its activations: a model may be moved after its swap."""
+    def stats_on(self, salient: SalientChannels, device: torch.device) -> RunningStats | None:
+        """A layer's statistics, on the device of its activations: a model may be moved after its swap.
+
+        None once the sets are frozen.
+        """
+        if self.frozen:
+            return None
         if salient.stats.absmax.device != device:
             self._absmax, self._l2_sum, self._sequences = (
                 buffer.to(device) for buffer in (self._absmax, self._l2_sum, self._sequences)
             )
+            self._saliency = None if self._saliency is None else self._saliency.to(device)
             for other, stats in zip(self._salient(), self._views(), strict=True):
                 other.stats = stats
                 other.rows = other.rows if other.rows is None else other.rows.to(device)
@@ -164,6 +195,11 @@ class LongAct:
 
     # Selection
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the sets have been chosen for good."""
+        return self.freeze_after is not None and self.steps >= self.freeze_after
+
     def refresh(self) -> None:
         """Chooses every layer's salient set from the statistics since the last refresh, and starts them anew.
 
@@ -187,11 +223,14 @@ class LongAct:
                 f"LongAct: NaN or Inf activations in {len(bad)} of {len(self.layers)} projections, first {bad[0]}; "
                 "the salient sets are unchanged. Look at the loss and the learning rate, or pass nonfinite='skip'"
             )
+        if self.ema and self._saliency is not None:
+            saliency = self._saliency.lerp(saliency, 1 - self.ema)
+        if self.nonfinite == "skip" and self._saliency is not None:
+            # The saliency before chooses the set before.
+            saliency = torch.where(finite.all(), saliency, self._saliency)
         self._sets_before = [salient.rows for salient in self._salient()]
         self._saliency = saliency
         for salient, rows in zip(self._salient(), self._choose(saliency), strict=True):
-            if salient.rows is not None and self.nonfinite == "skip":
-                rows = torch.where(finite.all(), rows, salient.rows)
             salient.rows = rows
         self._reset()
 
@@ -205,8 +244,16 @@ class LongAct:
             groups += [salient.group] * times
             counts += [salient.count] * times
             sizes.append(times * salient.count)
-        chosen = ops.select(saliency, groups, counts).split(sizes)
+        chosen = ops.select(self._rank(saliency), groups, counts).split(sizes)
         return (rows - start for rows, (start, _) in zip(chosen, self._bounds, strict=True))
+
+    def _rank(self, saliency: Tensor) -> Tensor:
+        """What the strategy chooses the largest of."""
+        if self.strategy == "random":
+            # Drawn on the CPU, whose generator gives the same numbers everywhere.
+            draw = torch.rand(len(saliency), generator=torch.Generator().manual_seed(self.seed + self.steps))
+            return draw.to(saliency.device)
+        return -saliency if self.strategy == "bottom" else saliency
 
     # One optimizer step
 
@@ -233,12 +280,12 @@ class LongAct:
         """Ends an optimizer step: refreshes the sets when their time has come. `SalientAdamW.step()` calls it."""
         if any(salient.rows is None for salient in self._salient()):
             return
+        due = (self.steps + 1) % self.refresh_every == 0 and not self.frozen
         self.steps += 1
-        due = self.steps % self.refresh_every == 0
         if self.selection == "current":
             self._reset()
             for salient in self._salient():
-                salient.fixed = not due
+                salient.fixed = not due or self.frozen
         elif due:
             self.refresh()
 
@@ -289,7 +336,9 @@ class LongAct:
             "salient_l2_sum": self._l2_sum[start:end].clone(),
             "salient_sequences": self._sequences[i].clone(),
         }
-        return state if salient.rows is None else {**state, "salient_rows": salient.rows}
+        if self._saliency is not None and salient.rows is not None:
+            state |= {"salient_rows": salient.rows, "salient_saliency": self._saliency[start:end].clone()}
+        return state
 
     def check_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
         """Whether `load_state_for` can take a state.
@@ -317,7 +366,11 @@ class LongAct:
         self.steps = int(state["salient_steps"])
         salient.fixed, salient.fed = map(bool, state["salient_flags"].tolist())
         rows = state.get("salient_rows")
-        salient.rows = rows if rows is None else rows.to(self._absmax.device)
+        if rows is not None:
+            salient.rows = rows.to(self._absmax.device)
+            if self._saliency is None:
+                self._saliency = torch.zeros_like(self._absmax)
+            self._saliency[start:end] = state["salient_saliency"]
         self._absmax[start:end] = state["salient_absmax"]
         self._l2_sum[start:end] = state["salient_l2_sum"]
         self._sequences[i] = state["salient_sequences"]

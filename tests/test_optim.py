@@ -175,7 +175,7 @@ def test_masters_follow_fp32_training_of_the_same_gradients(dtype):
 @pytest.mark.parametrize("stop", [3, 4])  # with refresh_every=2: in the middle of a refresh period, and at its end
 def test_resuming_goes_on_bit_for_bit(state, statistic, stop):
     def fresh():
-        model, longact = salient_model(statistic=statistic, refresh_every=2)
+        model, longact = salient_model(statistic=statistic, refresh_every=2, ema=0.5)
         model.to(torch.bfloat16)
         return model, longact, SalientAdamW(model.parameters(), **HYPER, longact=longact, state=state)
 

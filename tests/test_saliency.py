@@ -180,6 +180,97 @@ def test_refresh_every_keeps_the_set_in_between(selection):
     assert changed == [3, 6]
 
 
+@pytest.mark.parametrize("selection", ["lagged", "current"])
+def test_freeze_after_keeps_the_set_for_good_and_stops_measuring(selection):
+    model = tiny_model()
+    longact = LongAct(model, selection=selection, freeze_after=2)
+    optimizer = SalientAdamW(model.parameters(), lr=1e-2, longact=longact)
+    used, saliencies = [], []
+    for step in range(5):
+        backward(model, tokens(seed=step))
+        longact.mask_gradients()
+        used.append(sets(longact))
+        optimizer.step()
+        optimizer.zero_grad()
+        saliencies.append(torch.cat([longact.saliency(name) for name in longact.layers]))
+    # "lagged" chooses for the third step from the second's batch, and no more.
+    last = 2 if selection == "lagged" else 1
+    assert used[last - 1] != used[last] and all(later == used[last] for later in used[last:])
+    assert all(torch.equal(later, saliencies[1]) for later in saliencies[2:])
+    assert not longact._absmax.any()
+
+
+def test_ema_averages_the_saliency_of_refreshes():
+    model = tiny_model()
+    longact = LongAct(model, ema=0.75)
+    optimizer = SalientAdamW(model.parameters(), lr=1e-2, longact=longact)
+    average = None
+    for step in range(4):
+        outputs = hooked_outputs(model, lambda plain, step=step: plain(tokens(seed=step)))
+        now = {name: statistic_of(y, "absmax") for name, y in outputs.items()}
+        average = now if average is None else {name: 0.75 * average[name] + 0.25 * now[name] for name in now}
+        backward(model, tokens(seed=step))
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, layer in longact.layers.items():
+            torch.testing.assert_close(longact.saliency(name), average[name], rtol=1e-6, atol=0)
+            assert layer.salient.rows.tolist() == top(longact.saliency(name))
+
+
+def test_strategies_bottom_and_random():
+    def run(**options):
+        model = tiny_model()
+        longact = LongAct(model, **options)
+        optimizer = SalientAdamW(model.parameters(), lr=1e-2, longact=longact)
+        seen = []
+        for step in range(3):
+            backward(model, tokens(seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(sets(longact))
+        return longact, seen
+
+    longact, seen = run(strategy="bottom")
+    assert seen[-1] == {name: top(-longact.saliency(name)) for name in longact.layers}
+    _, first = run(strategy="random", seed=1)
+    _, again = run(strategy="random", seed=1)
+    _, other = run(strategy="random", seed=2)
+    assert first == again != other
+    assert first[0] != first[1]
+    assert all(sum(start <= row < start + 10 for row in rows) == 3 for rows in first[0].values() for start in (0, 10))
+
+
+def test_paper_recipe_is_that_of_the_papers_equations():
+    """Against a plain transcription: M, per-head top-k, masked gradient, stock AdamW, all from the step's own batch."""
+    model, plain = tiny_model(), tiny_model()
+    longact = LongAct.paper(model)
+    optimizer, reference = (torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1) for net in (model, plain))
+    longact.attach(optimizer)
+
+    activations = {}
+    for name in longact.layers:
+        plain.get_submodule(name).register_forward_hook(
+            lambda module, inputs, q, name=name: activations.__setitem__(name, q.detach())
+        )
+    for step in range(4):
+        backward(model, tokens(3, seed=step))
+        optimizer.step()
+        optimizer.zero_grad()
+
+        backward(plain, tokens(3, seed=step))
+        for name, q in activations.items():
+            sequences, length, channels = q.shape
+            heads = q.view(sequences, length, channels // 10, 10)
+            magnitude = heads.square().sum(1).sqrt().mean(0)  # M[h, d]
+            keep = torch.zeros_like(magnitude, dtype=torch.bool)
+            keep.scatter_(1, magnitude.topk(3, dim=1).indices, True)  # k = 0.3 · head_dim
+            plain.get_submodule(name).weight.grad *= keep.view(-1, 1)
+        reference.step()
+        reference.zero_grad()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_scope_layer_lets_all_channels_compete():
     model = tiny_model()
     longact = LongAct(model, scope="layer", density=0.25)
@@ -268,6 +359,9 @@ def test_a_step_without_statistics_says_what_to_do():
         {"scope": "model"},
         {"selection": "next"},
         {"refresh_every": 0},
+        {"ema": 1.0},
+        {"freeze_after": 0},
+        {"strategy": "best"},
         {"nonfinite": "ignore"},
     ],
 )
