@@ -154,13 +154,16 @@ def test_bytes_moved_are_the_tensor_and_one_percent(masked):
 def test_offsets_beyond_2_31_elements():
     from longact_kernels.csrc_triton.channel_stats import CHUNK, PARTIAL, channel_stats_partial
 
-    # Two tokens, 2^31 + 64 elements from one another, in memory that exists only where it is touched.
-    stride = 2**31 + 64
-    memory = mmap.mmap(-1, 2 * stride + 4096)
-    near = torch.frombuffer(memory, dtype=torch.bfloat16, count=16)
-    far = torch.frombuffer(memory, dtype=torch.bfloat16, count=16, offset=2 * stride)
-    near.fill_(1.0)
-    far.fill_(-3.0)
-    absmax, sumsq = torch.empty(1, 16, dtype=torch.int32), torch.empty(1, 16)
-    channel_stats_partial[(1, 1)](near, None, None, absmax, sumsq, 1, 2, 16, 1, 0, stride, **PARTIAL["aligned"])
-    assert (absmax.view(torch.float32) == 3.0).all() and (sumsq == 10.0).all() and CHUNK >= 2
+    # Tokens 2^21 elements from one another, in memory that exists only where a token is kept: the last one of the first
+    # piece and those of the second lie beyond 2^31.
+    T, stride = 1100, 2**21 + 2**12
+    memory = mmap.mmap(-1, 2 * (T * stride + 16))
+    mask = torch.zeros(T, dtype=torch.bool)
+    for token, value in ((0, 1.0), (CHUNK - 1, -3.0), (CHUNK + 7, 2.0)):
+        mask[token] = True
+        torch.frombuffer(memory, dtype=torch.bfloat16, count=16, offset=2 * token * stride).fill_(value)
+    y = torch.frombuffer(memory, dtype=torch.bfloat16, count=16)
+    absmax, sumsq = torch.empty(2, 16, dtype=torch.int32), torch.empty(2, 16)
+    sizes = (1, T, 16, 2, 0, stride)
+    channel_stats_partial[(2, 1)](y, mask.view(torch.uint8), None, absmax, sumsq, *sizes, **PARTIAL["aligned"])
+    assert absmax.view(torch.float32)[:, 0].tolist() == [3.0, 2.0] and sumsq[:, 0].tolist() == [10.0, 4.0]
