@@ -5,14 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from longact_kernels.rl.evaluate import Evaluation
 
-SALIENT, OTHER = "viridis", "Greys"
 LIGHT = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -96,16 +95,16 @@ def saliency_figure(saliency: dict[str, tuple[Tensor, Tensor]]) -> Figure:
     layers = max(map(len, kinds.values()))
     figure = Figure(figsize=(11, 1.2 + len(kinds) * max(1.6, 0.085 * layers)), layout="constrained")
     for axes, (kind, found) in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds.items(), strict=True):
-        values = np.log10(np.stack([values.numpy() for values, _ in found]).clip(1e-6))
+        values = np.stack([values.numpy() for values, _ in found])
         salient = np.zeros(values.shape, dtype=bool)
         for i, (_, rows) in enumerate(found):
             salient[i, rows.numpy()] = True
-        scale = Normalize(*np.percentile(values, [0.5, 99.5]))
+        scale = LogNorm(*np.percentile(values, [0.5, 99.5]).clip(1e-6), clip=True)
         look = {"aspect": "auto", "interpolation": "nearest", "norm": scale}
-        axes.imshow(values, cmap=OTHER, **look)
-        image = axes.imshow(np.ma.masked_where(~salient, values), cmap=SALIENT, **look)
+        axes.imshow(values, cmap="Greys", alpha=0.4, **look)
+        image = axes.imshow(np.ma.masked_where(~salient, values), cmap="plasma", **look)
         axes.set(title=kind, xlabel="channel", ylabel="layer")
         axes.grid(False)
-        bar = figure.colorbar(image, ax=axes, pad=0.01, format=lambda x, _: f"{10**x:.3g}")
-        bar.set_label("magnitude, salient")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes, pad=0.01, label="magnitude", format="{x:.3g}")
     return figure

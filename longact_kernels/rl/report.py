@@ -36,11 +36,11 @@ h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.1rem; margin: 2rem 0
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
 .card b { display: block; font-size: 1.15rem } .card span { color: var(--dim); font-size: .85rem }
-img { max-width: 100%; height: auto }
+img { max-width: 100%; height: auto } .saliency img { max-width: none; width: max(100%, 48rem) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem }
-td, th { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere }
+td, th { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td:last-child { overflow-wrap: anywhere }
 .right { color: var(--good) }
 """
 
@@ -131,7 +131,7 @@ def headline(summary: dict) -> list[tuple[str, str]]:
         lines.append(
             (
                 "optimizer state of the q/k weights",
-                f"{ours / 1e6:.3g} MB = {ours / dense:.2f} of dense AdamW's {dense / 1e6:.3g} MB",
+                f"{ours / 1e6:,.1f} MB, {ours / dense:.2f} of dense AdamW's {dense / 1e6:,.1f} MB",
             )
         )
     if summary["churn"] is not None:
@@ -164,8 +164,9 @@ def write_report(
     for name, image in light.items():
         (folder / f"{name}.png").write_bytes(image)
     figures = "".join(
-        f"<h2>{TITLES[name]}</h2><picture><source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark[name])}'>"
-        f"<img alt='{TITLES[name]}' src='{data_uri(light[name])}'></picture>"
+        f"<h2>{TITLES[name]}</h2><div class='wide {name}'><picture>"
+        f"<source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark[name])}'>"
+        f"<img alt='{TITLES[name]}' src='{data_uri(light[name])}'></picture></div>"
         for name in light
     )
     (folder / "report.html").write_text(page(summary, figures, rows, before, after))
@@ -199,7 +200,7 @@ def page(summary: dict, figures: str, rows: list[dict], before: Evaluation, afte
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{escape(title)}</h1><p class=dim>{method}, {summary['steps']} steps, "
-        f"{summary['parameters'] / 1e6:,.0f} M parameters</p>"
+        f"{summary['parameters']:,} parameters</p>"
         f"<div class=cards>{cards}</div>{figures}"
         "<h2>Held-out answers, those that changed first</h2>"
         f"{table(['question', 'wanted', 'before', 'after'], answers)}"
