@@ -5,6 +5,7 @@ sequences, to one row of partial results each; `channel_stats_merge` reduces tho
 """
 
 import itertools
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -173,4 +174,11 @@ def variants() -> list[Variant]:
                     main=aligned and not given,
                 )
             )
+    # Triton makes constants of integers that are 1: here, of a single sequence of one piece.
+    single = {"B", "chunks", "pieces"}
+    for variant in [variant for variant in found if variant.main]:
+        ones = {name: 1 for name in variant.types if name in single}
+        types = {name: kind for name, kind in variant.types.items() if name not in single}
+        label = f"{variant.label} single"
+        found.append(replace(variant, label=label, types=types, constants=variant.constants | ones, main=False))
     return found

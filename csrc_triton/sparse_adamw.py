@@ -2,6 +2,9 @@
 
 A program owns BLOCK_C channels of one weight and goes along them BLOCK elements at a time. It finds its weight in a
 table of addresses and sizes, one line a weight, because a launch cannot take hundreds of pointers.
+
+Salient rows cost their share of a dense step's memory traffic. Salient columns lie scattered through every row: at 30%
+nearly every 32-byte sector of a weight, gradient or whole state holds one, and only compact states save traffic.
 """
 
 import itertools

@@ -69,7 +69,7 @@ class Gpu:
 
 
 GPUS = {
-    # H100 and H200: measured copies and products, see README; A100 and MI300X: 0.85 of the vendor's peaks.
+    # H100, H200: copies and bf16 products as measured on them; A100, MI300X: 0.85 of the vendor's peaks, a guess.
     "H100": Gpu("sm_90", 3.0e12, 798e12, 132 * SCHEDULERS * 1.755e9),
     "H200": Gpu("sm_90", 4.3e12, 790e12, 132 * SCHEDULERS * 1.755e9),
     "A100": Gpu("sm_80", 0.85 * 2.04e12, 0.85 * 312e12, 108 * SCHEDULERS * 1.41e9),
