@@ -16,8 +16,6 @@ from longact_kernels.csrc_triton.variant import Variant
 # Targets that share a tile.
 TARGETS = [("sm_80", "sm_90"), ("sm_100",), ("sm_89", "sm_120"), ("gfx90a", "gfx942"), ("gfx1100",)]
 
-BLOCK_B = 128
-
 
 @triton.jit
 def linear_stats_kernel(
@@ -43,7 +41,6 @@ def linear_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # Programs of a group share weight columns and input rows in L2.
@@ -63,12 +60,13 @@ def linear_stats_kernel(
         K_end = K
     else:
         # Interval i has the tiles start // BLOCK_M + i to (end - 1) // BLOCK_M + i.
-        before = tl.zeros([BLOCK_B], tl.int32)
-        for b in range(0, B + 1, BLOCK_B):
-            offs_b = b + tl.arange(0, BLOCK_B)
-            bounds = tl.load(cu_seqlens_ptr + offs_b, mask=offs_b <= B, other=0)
-            before += ((bounds // BLOCK_M + offs_b < pid_m) & (offs_b <= B)).to(tl.int32)
-        interval = tl.sum(before, 0)
+        interval = tl.zeros((), tl.int32)
+        above = interval + B + 1
+        while interval < above:
+            middle = (interval + above) // 2
+            before = tl.load(cu_seqlens_ptr + middle) // BLOCK_M + middle < pid_m
+            interval = tl.where(before, middle + 1, interval)
+            above = tl.where(before, above, middle)
         start = tl.load(cu_seqlens_ptr + interval - 1, mask=interval > 0, other=0)
         start = tl.maximum(start, (pid_m - interval) * BLOCK_M)
         end = tl.load(cu_seqlens_ptr + interval, mask=interval <= B, other=M)
@@ -125,7 +123,14 @@ def launch_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
     """
     if itemsize == 4 or not aligned:
         # IEEE fp32 runs on the plain cores, and unaligned 16-bit loads go through registers: a larger tile only spills.
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        rdna = target.startswith("gfx11")
+        tile = {
+            "BLOCK_M": 64,
+            "BLOCK_N": 64,
+            "BLOCK_K": 16 if rdna else 32,
+            "num_warps": 8 if rdna else 4,
+            "num_stages": 2,
+        }
     elif target in ("sm_80", "sm_90"):
         tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     elif target == "sm_100":
@@ -139,7 +144,7 @@ def launch_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
     else:
         # RDNA's 32-wide waves have half the registers for a tile.
         tile = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    return {**tile, "GROUP_M": 8, "BLOCK_B": BLOCK_B}
+    return {**tile, "GROUP_M": 8}
 
 
 def variants() -> list[Variant]:
@@ -186,6 +191,7 @@ def variants() -> list[Variant]:
                 num_warps=num_warps,
                 num_stages=num_stages,
                 aligned=aligned,
+                main=dtype == "bf16" and l2 and not masked,
                 memory_bound=False,
                 tensor_core=dtype != "fp32",
                 targets=targets,

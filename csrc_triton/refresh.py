@@ -5,8 +5,12 @@ import triton.language as tl
 
 from longact_kernels.csrc_triton.variant import Variant
 
-SELECT_CONFIG = {"BLOCK": 512, "num_warps": 4}
-CARRY_CONFIG = {"BLOCK_S": 32, "BLOCK_K": 128, "num_warps": 4}
+SELECT_CONFIG = {"BLOCK": 512, "num_warps": 1}
+# By whether a state's rows are aligned: unaligned ones are mostly step counts, one lane wide.
+CARRY_CONFIG = {
+    True: {"BLOCK_S": 8, "BLOCK_K": 512, "num_warps": 2},
+    False: {"BLOCK_S": 64, "BLOCK_K": 32, "num_warps": 4},
+}
 
 
 @triton.jit
@@ -114,7 +118,7 @@ def carry_kernel(
 
 def variants() -> list[Variant]:
     """What :func:`longact_kernels.ops.select` and :func:`longact_kernels.ops.carry_` launch."""
-    select, carry = dict(SELECT_CONFIG), dict(CARRY_CONFIG)
+    select = dict(SELECT_CONFIG)
     found = [
         Variant(
             kernel="refresh",
@@ -124,21 +128,23 @@ def variants() -> list[Variant]:
             num_warps=select.pop("num_warps"),
             constants=select,
             divisible=("saliency_ptr", "starts_ptr", "chosen_ptr", "index_ptr"),
+            main=True,
             memory_bound=False,
         )
     ]
-    num_warps = carry.pop("num_warps")
     for aligned in (True, False):
+        carry = dict(CARRY_CONFIG[aligned])
         found.append(
             Variant(
                 kernel="refresh",
                 label="carry" + ("" if aligned else " unaligned"),
                 fn=carry_kernel,
                 types={"table_ptr": "*i64", "source_ptr": "*i32"},
+                num_warps=carry.pop("num_warps"),
                 constants={"ALIGNED": aligned, **carry},
                 divisible=("table_ptr", "source_ptr"),
-                num_warps=num_warps,
                 aligned=aligned,
+                main=aligned,
                 memory_bound=aligned,
             )
         )

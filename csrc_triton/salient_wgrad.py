@@ -136,7 +136,8 @@ def launch_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
     """
     if itemsize == 4 or not aligned:
         # IEEE fp32 runs on the plain cores, and unaligned 16-bit loads go through registers: a larger tile only spills.
-        tile = {"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 2}
+        wide = target in ("sm_100", "gfx1100")
+        tile = {"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_M": 16, "num_warps": 8 if wide else 4, "num_stages": 2}
     elif target in ("sm_80", "sm_90"):
         tile = {"BLOCK_P": 128, "BLOCK_Q": 256, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
     elif target == "sm_100":
@@ -188,6 +189,7 @@ def variants() -> list[Variant]:
                 num_warps=config.pop("num_warps"),
                 constants=config,
                 divisible=("x_ptr", "index_ptr", "packed_ptr", "P", *(("stride_xm",) if aligned else ())),
+                main=dtype == "bf16" and aligned,
             )
         )
         for targets in TARGETS:
@@ -207,6 +209,7 @@ def variants() -> list[Variant]:
                     num_warps=num_warps,
                     num_stages=num_stages,
                     aligned=aligned,
+                    main=dtype == "bf16" and aligned,
                     memory_bound=False,
                     tensor_core=dtype != "fp32",
                     targets=targets,
@@ -230,6 +233,7 @@ def variants() -> list[Variant]:
                 | config,
                 divisible=("partial_ptr", "out_ptr", "S", "Q", "stride_split", "stride_out"),
                 aligned=axis != "columns",
+                main=(axis, dtype) == ("rows", "bf16"),
             )
         )
     return found

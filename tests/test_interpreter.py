@@ -13,7 +13,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-MODULES = ["test_channel_stats.py", "test_sparse_adamw.py"]
+MODULES = [
+    "test_channel_stats.py",
+    "test_linear_stats.py",
+    "test_refresh.py",
+    "test_salient_wgrad.py",
+    "test_sparse_adamw.py",
+]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already in the interpreter")

@@ -162,9 +162,10 @@ def _carry_kernel(
         rows[aligned].append((state.data_ptr(), starts[layer], sizes[layer], K, stride_slot, stride_lane))
     for aligned, entries in rows.items():
         if entries:
-            blocks = -(-max(entry[3] for entry in entries) // CARRY_CONFIG["BLOCK_K"])
+            config = CARRY_CONFIG[aligned]
+            blocks = -(-max(entry[3] for entry in entries) // config["BLOCK_K"])
             table = _table(tuple(entries), device)
-            carry_kernel[(blocks, len(entries))](table, source, ALIGNED=aligned, **CARRY_CONFIG)
+            carry_kernel[(blocks, len(entries))](table, source, ALIGNED=aligned, **config)
     return kept
 
 
