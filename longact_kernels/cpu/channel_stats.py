@@ -14,7 +14,7 @@ from longact_kernels.cpu import native
 # Tokens of one task: chunks, and so the bits of the result, do not depend on the number of threads.
 _CHUNK = 256
 # Elements that the ATen form works on at a time, so that what it writes in between stays in the cache.
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 
 
 def channel_stats(
@@ -74,9 +74,11 @@ def _aten(y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], l2
     integer, sign = (torch.int16, 0x7FFF) if y.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
     keep = None if kept is None else torch.where(kept, sign, 0).to(integer).unsqueeze(1)
     words = y.view(integer)
+    block = torch.empty(max(end - first for first, end, _ in chunks), y.shape[1], dtype=integer)
     peaks, sums = [], []
     for first, end, _ in chunks:
-        bits = words[first:end] & (sign if keep is None else keep[first:end])
+        bits = block[: end - first]
+        torch.bitwise_and(words[first:end], sign if keep is None else keep[first:end], out=bits)
         peaks.append(bits.amax(0))
         if l2:
             values = bits.view(y.dtype).float()

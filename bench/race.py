@@ -1,0 +1,96 @@
+"""Contenders that do the same work, timed in turns, so that whatever else the machine does hits all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from longact_kernels.cpu import native
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable) -> float:
+    """One call, with all work of a GPU done before and after."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable) -> int:
+    """The most memory that one call holds beyond what was there before."""
+    if DEVICE == "cuda":
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def numba_switched_off():
+    available = native.available
+    native.available = lambda: False
+    try:
+        yield
+    finally:
+        native.available = available
+
+
+def ours(run: Callable) -> dict[str, Callable]:
+    """Our contender; on a CPU with numba also the form that runs without it."""
+    if DEVICE == "cuda" or not native.available():
+        return {"ours": run}
+
+    def fallback():
+        with numba_switched_off():
+            run()
+
+    return {"ours": run, "ours, no numba": fallback}
+
+
+class Turns:
+    """Times contenders in turns: every round calls each of them once, and each round begins with another one."""
+
+    def __init__(self, contenders: dict[str, Callable]):
+        self.contenders = contenders
+        self.times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def rounds_in(self, budget: float, fewest: int, most: int) -> int:
+        """Runs everything once to warm up and once for the clock, and says how many rounds fit a budget in seconds."""
+        for run in self.contenders.values():
+            run()
+        once = sum(seconds(run) for run in self.contenders.values())
+        return min(most, max(fewest, int(budget / once)))
+
+    def __call__(self) -> None:
+        names = list(self.contenders)
+        first = len(self.times[names[0]]) % len(names)
+        for name in names[first:] + names[:first]:
+            self.times[name].append(seconds(self.contenders[name]))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+    def ratio(self, name: str, peer: str) -> float:
+        """The median over the rounds of one contender's time over another's."""
+        return statistics.median(a / b for a, b in zip(self.times[name], self.times[peer], strict=True))

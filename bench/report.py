@@ -1,0 +1,142 @@
+"""One table, one CSV, one JSON and the pictures from what pytest-benchmark stored."""
+
+import csv
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.race import DEVICE
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "torch-optimi", "peft")
+COLUMNS = ("work", "variant", "contender", "milliseconds", "ratio", "bar", "limit", "percent_of_limit", "peak_MiB")
+
+
+def write_report(raw: Path, folder: Path) -> None:
+    """Reads `raw`, prints the table, and writes results.json, results.csv and the pictures into `folder`."""
+    stored = json.loads(raw.read_text())
+    results = [entry["extra_info"] for entry in stored["benchmarks"]]
+    lines = [line for result in results if "medians" in result for line in _lines(result)]
+    about = _about(stored)
+    (folder / "results.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    pictures = _draw(results, about, folder)
+    _print(lines, about)
+    Console().print(f"written: {', '.join(str(folder / name) for name in ('results.json', 'results.csv', *pictures))}")
+
+
+def _about(stored: dict) -> dict:
+    """Machine, versions and commit."""
+    cpu = stored["machine_info"].get("cpu", {})
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": stored["datetime"],
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu.get("brand_raw") or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": stored["commit_info"].get("id"),
+        "uncommitted_changes": stored["commit_info"].get("dirty"),
+    }
+
+
+def _lines(result: dict) -> list[dict]:
+    lines = []
+    for name, ratio in result["ratios"].items():
+        if name == "limit":
+            continue
+        of_limit = result["of_limit"].get(name)
+        lines.append(
+            {
+                "work": result["work"],
+                "variant": result["variant"],
+                "contender": name,
+                "milliseconds": round(1e3 * result["medians"][name], 3),
+                "ratio": round(ratio, 3),
+                "bar": result["bars"].get(name),
+                "limit": round(result["ratios"]["limit"], 3) if "limit" in result["ratios"] else None,
+                "percent_of_limit": round(100 * of_limit) if of_limit is not None else None,
+                "peak_MiB": round(result["peak_bytes"][name] / 2**20, 1),
+            }
+        )
+    return lines
+
+
+def _print(lines: list[dict], about: dict) -> None:
+    table = Table(title=f"{about['device']}, {about['threads']} threads, commit {str(about['commit'])[:10]}")
+    for name, title in zip(
+        COLUMNS, ("work", "", "", "ms", "ratio", "bar", "limit", "% of limit", "peak MiB"), strict=True
+    ):
+        table.add_column(title, justify="left" if name in COLUMNS[:3] else "right", overflow="fold")
+    before = None
+    for line in lines:
+        key = line["work"], line["variant"]
+        if before not in (None, key):
+            table.add_section()
+        cells = ["" if line[name] is None else str(line[name]) for name in COLUMNS]
+        if key == before:
+            cells[:2] = "", ""
+        if line["bar"] is not None:
+            cells[4] = f"[{'green' if line['ratio'] <= line['bar'] else 'red'}]{cells[4]}[/]"
+        table.add_row(*cells)
+        before = key
+    console = Console()
+    # A file or a pipe has no width of its own.
+    Console(width=max(console.width, 140)).print(table)
+
+
+def _draw(results: list[dict], about: dict, folder: Path) -> list[str]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for result in results:
+        if result.get("curve"):
+            title, axis, x = result["curve"]
+            for name, seconds in result["medians"].items():
+                curves.setdefault((title, axis), {}).setdefault(name, []).append((x, 1e3 * seconds))
+        elif "state_bytes" in result:
+            for name, size in result["state_bytes"].items():
+                points = curves.setdefault(("Optimizer state", "density"), {}).setdefault(name, [])
+                points.append((result["density"], size / 2**20))
+    pictures = {
+        "time_against_density.png": [key for key in curves if key[1] == "density" and key[0] != "Optimizer state"],
+        "time_against_size.png": [key for key in curves if key[1] != "density"],
+        "memory_against_density.png": [key for key in curves if key[0] == "Optimizer state"],
+    }
+    drawn = []
+    for name, keys in pictures.items():
+        if not keys:
+            continue
+        figure, panels = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.6), squeeze=False, layout="constrained")
+        for panel, key in zip(panels[0], keys, strict=True):
+            for contender, points in curves[key].items():
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=contender)
+            panel.set(title=key[0], xlabel=key[1], ylabel="MiB" if key[0] == "Optimizer state" else "milliseconds")
+            if key[1] != "density":
+                panel.set(xscale="log", yscale="log")
+            else:
+                panel.set_ylim(bottom=0)
+            panel.legend(fontsize="small")
+        figure.suptitle(
+            f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}", fontsize="small"
+        )
+        figure.savefig(folder / name, dpi=120)
+        plt.close(figure)
+        drawn.append(name)
+    return drawn
