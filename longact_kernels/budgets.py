@@ -234,6 +234,7 @@ class Work:
     """What a call of a kernel must do at least, and what it moves."""
 
     shape: str
+    elements: int  # that the kernel goes through
     moved: float  # bytes
     minimum: float  # bytes
     flops: float = 0.0
@@ -255,7 +256,7 @@ def channel_stats_work(M: int, N: int, itemsize: int, masked: bool = False) -> W
     # Every block of channels reads the mask anew; partial results are written, then read.
     mask_again = M * (-(-N // PARTIAL["aligned"]["BLOCK_N"]) - 1) if masked else 0
     partial = 16 * -(-M // CHUNK) * N
-    return Work(f"[{M}, {N}]", moved=minimum + mask_again + partial + 8 * N, minimum=minimum)
+    return Work(f"[{M}, {N}]", M * N, moved=minimum + mask_again + partial + 8 * N, minimum=minimum)
 
 
 def sparse_adamw_work(rows: int, K: int, itemsize: int, master: bool) -> Work:
@@ -264,7 +265,7 @@ def sparse_adamw_work(rows: int, K: int, itemsize: int, master: bool) -> Work:
     per_element = itemsize + itemsize * (1 if master else 2) + 16 + (8 if master else 0)
     minimum = rows * K * per_element
     # A row's line number, index, step count (read and written), line of the table (15 fields) and learning rate.
-    return Work(f"{rows} rows of {K}", moved=minimum + rows * (4 + 8 + 8 + 15 * 8 + 4), minimum=minimum)
+    return Work(f"{rows} rows of {K}", rows * K, moved=minimum + rows * (4 + 8 + 8 + 15 * 8 + 4), minimum=minimum)
 
 
 def qwen3_8b() -> dict[str, Work]:
@@ -313,8 +314,8 @@ def kernels_command(target: str | None, as_json: bool) -> int:
             "kernel": kernel,
             "work": work.shape,
             "gpu": name,
-            "bytes": work.moved,
-            "minimum_bytes": work.minimum,
+            "bytes_per_element": work.moved / work.elements,
+            "minimum_bytes_per_element": work.minimum / work.elements,
             "predicted_us": 1e6 * work.seconds(gpu),
             "predicted_roofline_share": work.roofline(gpu),
         }
@@ -343,14 +344,16 @@ def _print_tables(budgets: list[Budget], predictions: list[dict[str, Any]]) -> N
         compiled.add_row(f"{b.kernel} {b.label}", b.target, *map(str, numbers), widths, b.tensor_core)
     console.print(compiled)
     predicted = Table(title="Predicted, not measured: Qwen3-8B's q and k projections, 32,768 tokens, bf16")
-    for heading in ("kernel", "work", "GPU", "bytes / minimum", "predicted time", "predicted share of roofline"):
-        predicted.add_column(heading, justify="left" if heading in ("kernel", "work", "GPU") else "right")
+    for heading in ("kernel", "work", "GPU", "bytes/element", "minimum", "time", "share of roofline"):
+        text = heading in ("kernel", "work", "GPU")
+        predicted.add_column(heading, justify="left" if text else "right", no_wrap=text)
     for p in predictions:
         predicted.add_row(
             p["kernel"],
             p["work"],
             p["gpu"],
-            f"{p['bytes'] / p['minimum_bytes']:.4f}",
+            f"{p['bytes_per_element']:.3f}",
+            f"{p['minimum_bytes_per_element']:.3f}",
             f"{p['predicted_us']:.0f} µs",
             f"{p['predicted_roofline_share']:.0%}",
         )

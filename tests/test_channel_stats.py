@@ -129,6 +129,10 @@ def test_bad_arguments_are_named():
     y = torch.randn(2, 3, 4, device=DEVICE)
     with pytest.raises(ValueError, match=r"mask: .*\[2, 3\]"):
         ops.channel_stats(y, torch.ones(3, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match=r"y: got torch.int64"):
+        ops.channel_stats(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        ops.channel_stats(y[0], None, torch.tensor([0.0, 3.0], device=DEVICE))
     with pytest.raises(ValueError, match="cu_seqlens"):
         ops.channel_stats(y, None, torch.tensor([0, 3], device=DEVICE))
 

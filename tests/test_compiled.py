@@ -1,5 +1,6 @@
 """Every launchable kernel compiles for every target, and its compiled code keeps the budgets; no GPU needed."""
 
+import json
 import os
 
 import pytest
@@ -71,6 +72,28 @@ def test_occupancy():
     assert budgets._occupancy(h100, 64, 0, 4) == 0.5
     assert budgets._occupancy(h100, 65, 0, 4) == 28 / 64
     assert budgets._occupancy(h100, 32, 100 * 1024, 4) == 8 / 64
+
+
+def test_the_table_and_its_json(monkeypatch, capsys):
+    listed = budgets.rows(None)
+    assert {(v.kernel, target) for v, target in listed} == {(k, t) for k in budgets.KERNELS for t in budgets.TARGETS}
+    assert len(budgets.rows("sm_90")) > len(listed) / len(budgets.TARGETS)
+    monkeypatch.setattr(budgets, "rows", lambda target: listed[:1])
+    assert budgets.kernels_command(None, as_json=True) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["compiled"][0]["registers"] > 0
+    assert {p["gpu"] for p in answer["predicted"]} == set(budgets.GPUS)
+    assert budgets.kernels_command(None, as_json=False) == 0
+    assert "Predicted, not measured" in capsys.readouterr().out
+
+
+def test_predicted_costs_are_what_the_design_expects():
+    h100, work = budgets.GPUS["H100"], budgets.channel_stats_work(32768, 4096, 2)
+    projection = 2 * 32768 * 4096 * 4096 / h100.flops
+    assert work.seconds(h100) <= 0.07 * projection
+    assert work.roofline(h100) >= 0.99
+    salient = budgets.sparse_adamw_work(1229, 4096, 2, master=True)
+    assert salient.moved <= 0.31 * budgets.sparse_adamw_work(4096, 4096, 2, master=True).minimum
 
 
 def test_an_unknown_target_is_refused(capsys):

@@ -288,17 +288,23 @@ def test_bad_arguments_are_named():
     def refuse(message, **changes):
         case = Case([(6, 16, 3)], torch.float32)
         case.axis = changes.pop("axis", "rows")
-        case.held.update(changes)
+        case.held.update({name: [tensor.to(DEVICE) for tensor in given] for name, given in changes.items()})
         with pytest.raises(ValueError, match=message):
             case.run()
 
     refuse("axis: got 'diagonal'", axis="diagonal")
     refuse(r"lists of one length", steps=[])
     refuse(r"grads\[0\].*\[6, 16\] or \[3, 16\]", grads=[torch.zeros(5, 16)])
+    refuse(r"rows\[0\]: got torch.int32", rows=[torch.arange(3, dtype=torch.int32)])
     refuse(r"weights\[0\]: got torch.float64", weights=[torch.zeros(6, 16, dtype=torch.float64)])
     refuse(r"weights\[0\]: got strides", weights=[torch.zeros(16, 6).t()])
     refuse(r"exp_avgs\[0\].*needed torch.float32 \[6, 16\]", exp_avgs=[torch.zeros(3, 16)])
     refuse(r"steps\[0\]: got torch.int64", steps=[torch.zeros(6, dtype=torch.int64)])
+
+    case = Case([(6, 16, 3)], torch.float32)
+    case.held["grads"] = [torch.zeros(6, 16, device="meta")]
+    with pytest.raises(ValueError, match=r"one device needed, got .*meta"):
+        case.run()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")

@@ -33,12 +33,16 @@ def channel_stats(
     Raises:
         ValueError: for shapes or dtypes that do not fit, naming the argument.
     """
+    if y.ndim == 0 or y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"y: got {y.dtype} {list(y.shape)}, needed fp32, fp16 or bf16 [..., T, N]")
     if mask is not None and (mask.shape != y.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(
             f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])}, one value a token of y"
         )
     if cu_seqlens is not None and y.ndim != 2:
         raise ValueError(f"cu_seqlens: goes with packed y of shape [tokens, N], got y {list(y.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]")
     return _channel_stats(y, mask, cu_seqlens, l2)
 
 

@@ -83,7 +83,12 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
     for name, tensors in (("weights", weights), ("grads", grads)):
         if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
             raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
+    devices = {tensor.device for tensors in lists for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
     for i, (weight, grad, index) in enumerate(zip(weights, grads, rows, strict=True)):
+        if index.ndim != 1 or index.dtype != torch.int64 or not index.is_contiguous():
+            raise ValueError(f"rows[{i}]: got {index.dtype} {list(index.shape)}, needed torch.int64 [S], contiguous")
         if weight.ndim != 2 or weight.dtype not in _FLOATS:
             raise ValueError(f"weights[{i}]: got {weight.dtype} {list(weight.shape)}, needed fp32, fp16 or bf16 [N, K]")
         if not _has_plain_rows(weight):
@@ -104,9 +109,10 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
                 got = f"{state.dtype} {list(state.shape)} with strides {list(state.stride())}"
                 raise ValueError(f"{name}[{i}]: got {got}, needed torch.float32 {list(held)}, contiguous")
         channels = held[0 if axis == "rows" else 1]
-        if steps[i].shape != (channels,) or steps[i].dtype != torch.int32:
+        step = steps[i]
+        if step.shape != (channels,) or step.dtype != torch.int32 or not step.is_contiguous():
             raise ValueError(
-                f"steps[{i}]: got {steps[i].dtype} {list(steps[i].shape)}, needed torch.int32 [{channels}]"
+                f"steps[{i}]: got {step.dtype} {list(step.shape)}, needed torch.int32 [{channels}], contiguous"
             )
 
 
