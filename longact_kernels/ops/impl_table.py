@@ -15,16 +15,17 @@ Impl = Literal["fused", "separate"]
 # fused kernel what a plain Triton product lacks against cuBLAS: 10% on H100 and 5% on A100 at n = 3072 and 2432, as
 # others report (github.com/triton-lang/triton, issues 3672 and 6523). Nothing of this is measured; GPUs not listed
 # stay separate.
-PREDICTED_FUSED_BELOW_K = {"sm_80": 3500, "sm_90": 2400}
+PREDICTED_FUSED_BELOW_K = {"sm_80": 2900, "sm_90": 2400}
 
 
 class Timing(TypedDict):
-    """Both implementations' milliseconds on one shape: M tokens, N out_features, K in_features."""
+    """Milliseconds of the product alone and of both implementations: M tokens, N out_features, K in_features."""
 
     dtype: str
     M: int
     N: int
     K: int
+    linear_ms: float
     fused_ms: float
     separate_ms: float
 
@@ -46,10 +47,14 @@ def measured() -> Table:
     """The user's table, read once a process; empty if there is none."""
     path = table_path()
     try:
-        return json.loads(path.read_text())
+        table = json.loads(path.read_text())
+        for timing in (timing for timings in table.values() for timing in timings):
+            if timing.keys() != Timing.__annotations__.keys():
+                raise ValueError("not the timings of this version")
+        return table
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         warnings.warn(
             f"longact_kernels: {path} cannot be read ({error}); the predicted choices are used. "
             "Delete it, or run `longact tune` again",
