@@ -91,7 +91,8 @@ def test_autocast_matches_linear_under_autocast():
     LongAct(model)
     for net in (model, plain):
         with torch.autocast("cpu", torch.bfloat16):
-            backward(net, tokens())
+            loss = net(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()  # outside, as PyTorch recommends: backward must find the forward's dtypes
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert p.grad.dtype == torch.float32 and torch.equal(p.grad, q.grad), name
 
