@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 10 minutes on 2 cores
 	$(BIN)/longact train --config configs/demo.yaml
@@ -15,8 +15,14 @@ lint: .venv/.dev  ## what pre-commit and CI check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench: .venv/.bench  ## benchmarks beside the peers; ARGS=--full for more
+	$(BIN)/python -m bench $(ARGS)
+
+gpu: .venv/.bench  ## on a GPU: tests, benchmarks, and measured times beside the predicted ones
+	$(BIN)/python -m bench.gpu $(ARGS)
+
 # One stamp for each set of packages; a later set contains the earlier ones.
-.venv/.demo .venv/.test .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+.venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing longact_kernels[$*] into .venv (minutes, the first time)"
 	@$(INSTALL) -e ".[$*]"
