@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from longact_kernels import LongAct
 from longact_kernels.integrations.generation import generate, score
 
 EOS = 1
@@ -39,29 +40,51 @@ def test_equal_prompts_are_sampled_independently():
     assert len(set(map(tuple, generate(tiny.model().eval(), [[5, 9]] * 6, config)))) == 6
 
 
+# Two prompts, one three times and one padded on the left; completions, one padded on the right.
+PROMPTS = torch.tensor([[5, 9, 7, 20, 33], [0, 0, 0, 40, 41], [5, 9, 7, 20, 33], [5, 9, 7, 20, 33]])
+COMPLETIONS = torch.tensor([[7, 8, 1], [9, 1, 0], [7, 8, 9], [50, 51, 1]])
+IDS = torch.cat([PROMPTS, COMPLETIONS], dim=1)
+MASK = (IDS != 0).long()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_scores_and_gradients_are_those_of_the_padded_batch(attention):
-    pad, long = [0] * 3, [5, 9, 7, 20, 33]
-    short = [*pad, 40, 41]
-    completions = torch.tensor([[7, 8, 1], [9, 1, 0], [7, 8, 9], [50, 51, 1]])
-    prompts = torch.tensor([long, short, long, long])
-    ids = torch.cat([prompts, completions], dim=1)
-    mask = (ids != 0).long()
-    weight = torch.randn(completions.shape, generator=torch.Generator().manual_seed(0)) * mask[:, 5:]
+    weight = torch.randn(COMPLETIONS.shape, generator=torch.Generator().manual_seed(0)) * MASK[:, 5:]
 
     def run(shared):
         model = tiny.model()
         model.set_attn_implementation(attention)
         add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
         if shared:
-            out = score(model, ids, mask, 3)
+            out = score(model, IDS, MASK, 3)
         else:
-            labels = ids.masked_fill(mask == 0, -100)
+            labels = IDS.masked_fill(MASK == 0, -100)
             labels[:, :5] = -100
-            out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            out = model(input_ids=IDS, attention_mask=MASK, labels=labels, fused_lm_head=True)
         log_probs, entropy = out.log_probs[:, -3:], out.entropy[:, -3:]
         (log_probs * weight).sum().backward()
-        return log_probs * mask[:, 5:], entropy * mask[:, 5:], {n: p.grad for n, p in model.named_parameters()}
+        return log_probs * MASK[:, 5:], entropy * MASK[:, 5:], {n: p.grad for n, p in model.named_parameters()}
 
     for ours, theirs in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_cover_every_token_and_no_padding():
+    model = tiny.model().train()
+    longact = LongAct(model)
+    add_fused_lm_head(model)
+    score(model, IDS, MASK, 3).log_probs.sum().backward()
+    longact.refresh()
+
+    plain = tiny.model()
+    seen = {}
+    for name in longact.layers:
+        plain.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        plain(input_ids=IDS, attention_mask=MASK, position_ids=(MASK.cumsum(1) - 1).clamp(min=0))
+    padding_shows = False
+    for name, out in seen.items():
+        magnitude = out.abs().masked_fill(MASK.unsqueeze(-1) == 0, 0)
+        torch.testing.assert_close(longact.saliency(name), magnitude.amax((0, 1)))
+        padding_shows |= bool((out.abs() > magnitude.amax((0, 1))).any())
+    assert padding_shows

@@ -94,6 +94,7 @@ def test_the_gradient_norm_is_that_of_the_masked_gradients(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             for layer in rl.longact.layers.values():
                 outside = torch.ones(layer.out_features, dtype=torch.bool)
+                assert layer.salient.rows is not None
                 outside[layer.salient.rows] = False
                 assert not layer.weight.grad[outside].any() and layer.weight.grad.any()
             norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())

@@ -41,7 +41,10 @@ def model(seed: int = 0) -> LlamaForCausalLM:
         eos_token_id=1,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    made = LlamaForCausalLM(config)
+    # Padding that is not left out must show; as initialised, its embedding is zero.
+    made.get_input_embeddings().weight.data[0] = 1.0
+    return made
 
 
 def save(folder: Path) -> Path:
