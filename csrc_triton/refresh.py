@@ -8,7 +8,7 @@ from longact_kernels.csrc_triton.variant import Variant
 SELECT_CONFIG = {"BLOCK": 512, "num_warps": 1}
 # By whether a state's rows are aligned: unaligned ones are mostly step counts, one lane wide.
 CARRY_CONFIG = {
-    True: {"BLOCK_S": 8, "BLOCK_K": 512, "num_warps": 2},
+    True: {"BLOCK_S": 4, "BLOCK_K": 512, "num_warps": 2},
     False: {"BLOCK_S": 64, "BLOCK_K": 32, "num_warps": 4},
 }
 

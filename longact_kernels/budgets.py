@@ -18,7 +18,7 @@ from typing import Any
 
 from longact_kernels.csrc_triton.variant import Variant
 
-KERNELS = ("channel_stats", "sparse_adamw")
+KERNELS = ("channel_stats", "linear_stats", "salient_wgrad", "refresh", "sparse_adamw")
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,50 @@ def sparse_adamw_work(rows: int, K: int, itemsize: int, master: bool) -> Work:
     return Work(f"{rows} rows of {K}", rows * K, moved=minimum + rows * (4 + 8 + 8 + 15 * 8 + 4), minimum=minimum)
 
 
+def linear_stats_work(M: int, N: int, K: int, itemsize: int) -> Work:
+    """`linear_stats`, fused; its accesses are counted by running it, in tests/test_linear_stats.py.
+
+    What several tiles read of x and the weight is taken to come from L2 after the first time.
+    """
+    from longact_kernels.csrc_triton.linear_stats import launch_config
+
+    tiles = -(-M // launch_config("sm_90", itemsize, aligned=True)["BLOCK_M"])
+    minimum = itemsize * (M * K + N * K + M * N)
+    # Every row of tiles writes its sums of squares, which are read again, and raises the maxima.
+    moved = minimum + (8 + 4) * tiles * N
+    return Work(f"[{M}, {K}] x [{N}, {K}]", M * N, moved, minimum, flops=2.0 * M * N * K)
+
+
+def salient_wgrad_work(M: int, N: int, K: int, S: int, itemsize: int) -> dict[str, Work]:
+    """The three launches of `salient_wgrad` along rows; counted by running them, in tests/test_salient_wgrad.py.
+
+    What several tiles read of an operand is taken to come from L2 after the first time.
+    """
+    from longact_kernels.csrc_triton.salient_wgrad import launch_config, split_tokens
+
+    P = -(-S // 16) * 16
+    splits, _ = split_tokens(M, P, K, launch_config("sm_90", itemsize, aligned=True), programs=132)
+    shape = f"{S} of {N} rows, [{M}, {K}]"
+    # Nearly every 32-byte sector of the full gradient holds a salient channel.
+    packing = Work(shape, M * S, itemsize * M * (N + P), minimum=2 * itemsize * M * S)
+    product = Work(
+        f"{shape}, {splits} splits",
+        S * K,
+        moved=itemsize * M * (P + K) + 4 * splits * P * K,
+        minimum=itemsize * M * (S + K) + 4 * S * K,
+        flops=2.0 * M * P * K,
+    )
+    least = itemsize * N * K
+    reduction = Work(shape, S * K, moved=(4 * splits + itemsize) * S * K + least, minimum=least)
+    return {"salient_wgrad pack": packing, "salient_wgrad product": product, "salient_wgrad reduce": reduction}
+
+
+def carry_work(rows: int, K: int, tensors: int) -> Work:
+    """`carry_` of fp32 state [rows, K], where every row moves: read once, written once."""
+    moved = 2 * 4 * tensors * rows * K
+    return Work(f"{tensors} x {rows} rows of {K}", tensors * rows * K, moved + 8 * rows * tensors, minimum=moved)
+
+
 def qwen3_8b() -> dict[str, Work]:
     """Each kernel's work on Qwen3-8B's q and k projections: 36 layers, K 4096, N 4096 and 1024, 30% of the rows.
 
@@ -276,7 +320,10 @@ def qwen3_8b() -> dict[str, Work]:
     M, K, N, S = 32768, 4096, 4096 + 1024, 1229 + 307
     return {
         "channel_stats": channel_stats_work(M, N, 2),
+        "linear_stats": linear_stats_work(M, N, K, 2),
+        **salient_wgrad_work(M, N, K, S, 2),
         "sparse_adamw": sparse_adamw_work(36 * S, K, 2, master=True),
+        "refresh carry": carry_work(36 * S, K, tensors=3),
     }
 
 

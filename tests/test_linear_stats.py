@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traffic import count_bytes
 
 from longact_kernels import ops
 from longact_kernels.ops.dispatch import interpreted
@@ -158,6 +159,16 @@ def test_is_a_well_formed_operator(impl):
     op = torch.ops.longact.linear_stats.default
     torch.library.opcheck(op, (x, weight, bias, mask, None, True, impl))
     torch.library.opcheck(op, (x[0], weight, None, None, torch.tensor([0, 4, 9], device=DEVICE), False, impl))
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts the accesses of interpreted kernels")
+def test_the_statistics_add_a_few_bytes_to_the_traffic_of_the_product():
+    """Tiles of 64, two by three: an operand once for every tile that needs it, y once, a sum a tile and channel."""
+    x, weight = randn(128, 96), randn(192, 96, seed=1)
+    with count_bytes() as moved:
+        ops.linear_stats(x, weight, impl="fused")
+    assert moved["read"] == 3 * x.nbytes + 2 * weight.nbytes
+    assert moved["written"] == 4 * 128 * 192 + 4 * 2 * 192
 
 
 def test_compiles_into_one_graph():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traffic import count_bytes
 
 from longact_kernels import ops
 from longact_kernels.ops.dispatch import interpreted
@@ -105,6 +106,18 @@ def test_every_bit_pattern_is_carried():
     state = words.view(torch.float32).clone()
     ops.carry_([[state]], [torch.tensor([0, 1, 4], device=DEVICE)], [torch.tensor([1, 2, 4], device=DEVICE)])
     assert torch.equal(state.view(torch.int32), torch.stack([words[1], torch.zeros_like(words[0]), words[2]]))
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts the accesses of interpreted kernels")
+def test_carry_moves_what_changes_place_and_nothing_else():
+    """Five rows stay where they were, one moves, one is new: two rows written, one read, and the tables."""
+    state = torch.randn(7, 512)
+    old = torch.tensor([0, 1, 2, 3, 4, 8, 9], device=DEVICE)
+    new = torch.tensor([0, 1, 2, 3, 4, 9, 20], device=DEVICE)
+    with count_bytes() as moved:
+        ops.carry_([[state]], [old], [new])
+    assert moved["read"] == state[0].nbytes + 5 * 8 + 2 * 7 * 4
+    assert moved["written"] == 2 * state[0].nbytes
 
 
 def test_nothing_to_carry():

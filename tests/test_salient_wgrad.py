@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traffic import count_bytes
 
 from longact_kernels import ops
 from longact_kernels.ops.dispatch import interpreted
@@ -150,6 +151,17 @@ def test_compiles_into_one_graph():
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(dy, x, rows), both(dy, x, rows))
+
+
+@pytest.mark.skipif(not interpreted(), reason="counts the accesses of interpreted kernels")
+def test_bytes_moved():
+    """Salient channels once and packed; two tiles of the product; its two splits written, read, and written as one."""
+    dy, x, rows = randn(1024, 80, dtype=torch.bfloat16), randn(1024, 256, dtype=torch.bfloat16, seed=1), some(80, 24)
+    with count_bytes() as moved:
+        ops.salient_wgrad(dy, x, rows)
+    packed, splits, index = 2 * 1024 * 32, 2, 8 * 24
+    assert moved["read"] == 2 * 1024 * 24 + 64 * index + 2 * packed + x.nbytes + splits * 4 * 24 * 256 + index
+    assert moved["written"] == packed + splits * 4 * 32 * 256 + 2 * 24 * 256
 
 
 # The choice of splits, in plain integers
