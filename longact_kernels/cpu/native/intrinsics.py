@@ -116,6 +116,50 @@ def squares_of_four(lanes):
     return squares
 
 
+def _call(builder, name, *args):
+    """An LLVM intrinsic on vectors of fp32 numbers."""
+    vector = args[0].type
+    kind = ir.FunctionType(vector, [vector] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{vector.count}f32")
+    return builder.call(function, args)
+
+
+def masked_adamw(lanes):
+    """Makes `f(w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)`: AdamW where `floor` is not negative.
+
+    A loop of so few elements would mostly test whether its operands overlap.
+    """
+
+    @intrinsic
+    def adamw(typingctx, w, g, m, v, step_size, floor, decay, weight1, beta2, weight2):
+        def codegen(context, builder, signature, args):
+            def splat(value):
+                first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+                return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+            vector = ir.VectorType(_F32, lanes)
+            w, g, m, v, step_size, floor = (_load(builder, pointer, lanes) for pointer in args[:6])
+            decay, weight1, beta2, weight2 = map(splat, args[6:])
+            # torch.lerp starts from the nearer end.
+            near = builder.fcmp_ordered("<", weight1, ir.Constant(vector, [0.5] * lanes))
+            share = builder.select(near, weight1, builder.fsub(weight1, ir.Constant(vector, [1.0] * lanes)))
+            new_m = _call(builder, "fma", share, builder.fsub(g, m), builder.select(near, m, g))
+            new_v = _call(builder, "fma", builder.fmul(weight2, g), g, builder.fmul(v, beta2))
+            denominator = builder.fadd(_call(builder, "sqrt", new_v), floor)
+            update = builder.fdiv(builder.fmul(new_m, step_size), denominator)
+            new_w = builder.fsub(builder.fmul(w, decay), update)
+            salient = builder.fcmp_ordered(">=", floor, ir.Constant(vector, [0.0] * lanes))
+            for pointer, new, old in zip((args[0], args[2], args[3]), (new_w, new_m, new_v), (w, m, v), strict=True):
+                target = builder.bitcast(pointer, vector.as_pointer())
+                builder.store(builder.select(salient, new, old), target, align=4)
+            return context.get_dummy_value()
+
+        parameters = (w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)
+        return types.void(*parameters), codegen
+
+    return adamw
+
+
 @intrinsic
 def float_of(typingctx, bits):
     """The fp32 number of these bits: uint32 holds fp32, uint16 holds bf16."""

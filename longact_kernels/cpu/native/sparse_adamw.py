@@ -19,6 +19,7 @@ from longact_kernels.cpu.native.intrinsics import (
     fma,
     int32_at,
     int64_at,
+    masked_adamw,
     next_task,
     sqrt,
     uint16_at,
@@ -30,6 +31,9 @@ _BLOCK = 1024
 _LINE = 16
 # int64 words that describe one weight; see `longact_kernels.cpu.sparse_adamw`, which writes them.
 _WORDS = 21
+
+_masked_line = masked_adamw(_LINE)
+_masked_single = masked_adamw(1)
 
 
 @njit(error_model="numpy")
@@ -207,14 +211,19 @@ def columns(args):
                     v = advance(float32_at(exp_avg_sq), row * exp_avg_sq_stride + k0)
                     step_size = advance(step_sizes, k0)
                     floor = advance(step_size, K)
-                    # Two loops, since LLVM checks only so many pairs of pointers for overlap before it vectorises.
-                    for k in range(count):
-                        m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
-                        m[k] = m_new if floor[k] >= 0 else m[k]
-                        v[k] = v_new if floor[k] >= 0 else v[k]
-                    for k in range(count):
-                        w_new = w[k] * decay - m[k] * step_size[k] / (sqrt(v[k]) + floor[k])
-                        w[k] = w_new if floor[k] >= 0 else w[k]
+                    k = 0
+                    while k + _LINE <= count:
+                        _masked_line(
+                            advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                            advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
+                        )  # fmt: skip
+                        k += _LINE
+                    while k < count:
+                        _masked_single(
+                            advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                            advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
+                        )  # fmt: skip
+                        k += 1
                     if weight_is_bf16:
                         half = advance(uint16_at(weight), here)
                         for k in range(count):
