@@ -44,7 +44,7 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], config: Generatio
     ids = torch.tensor([[config.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = read_prompts(model, ids, mask)
+    cache, _ = read_prompts(model, ids, mask)
     out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
     return [trim(completion, config.eos_token_id) for completion in out[:, length:].tolist()]
 
@@ -62,11 +62,11 @@ def score(model: PreTrainedModel, ids: Tensor, mask: Tensor, completion_length: 
         As the fused LM head on the whole batch, but of the completions only: `log_probs` [B, C], ...
     """
     prompt = ids.shape[1] - completion_length
-    cache = read_prompts(model, ids[:, :prompt], mask[:, :prompt])
+    cache, logits = read_prompts(model, ids[:, :prompt], mask[:, :prompt])
     # From the prompt's last token on: it predicts the completion's first.
     labels = ids.masked_fill(mask == 0, -100)[:, prompt - 1 :]
     labels[:, 0] = -100
-    return model(
+    outputs = model(
         input_ids=ids[:, prompt - 1 :],
         attention_mask=mask,
         position_ids=positions(mask)[:, prompt - 1 :],
@@ -74,24 +74,32 @@ def score(model: PreTrainedModel, ids: Tensor, mask: Tensor, completion_length: 
         labels=labels,
         fused_lm_head=True,
     )
+    # LongAct takes its statistics in backward, which would pass by the queries of the prompt in the last layer.
+    outputs.log_probs = outputs.log_probs + 0 * logits.sum()
+    return outputs
 
 
-def read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
-    """The keys and values of all but the last token of left-padded prompts [B, P], computed once for equal prompts."""
+def read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Reads all but the last token of left-padded prompts [B, P], equal prompts once.
+
+    Returns:
+        The keys and values, of B sequences, and the logits that came last, one row a distinct prompt (empty for P = 1).
+    """
     cache = DynamicCache(config=model.config)
+    logits = torch.zeros(0, device=ids.device)
     if ids.shape[1] > 1:
         distinct, row = torch.unique(torch.stack([ids, mask], dim=-1), dim=0, return_inverse=True)
         mask = distinct[:, :-1, 1]
-        model(
+        logits = model(
             input_ids=distinct[:, :-1, 0],
             attention_mask=mask,
             position_ids=positions(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        )
+        ).logits
         cache.batch_select_indices(row)
-    return cache
+    return cache, logits
 
 
 def positions(mask: Tensor) -> Tensor:

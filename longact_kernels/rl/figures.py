@@ -71,7 +71,7 @@ def reward_figure(metrics: list[dict], before: Evaluation, after: Evaluation) ->
     )
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 
 

@@ -87,11 +87,13 @@ def summarize(
 
 def changed(training: GRPOConfig) -> dict:
     """The fields that were given a value of their own; where TRL computes a default, the computed one too."""
-    values = training.to_dict()
+    values = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
     return {
         field.name: values[field.name]
         for field in dataclasses.fields(training)
-        if field.name in values and values[field.name] != field.default and field.default_factory is dataclasses.MISSING
+        if values[field.name] != field.default
+        and field.default_factory is dataclasses.MISSING
+        and not dataclasses.is_dataclass(values[field.name])
     }
 
 
