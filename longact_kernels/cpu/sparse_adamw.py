@@ -12,7 +12,7 @@ from longact_kernels.reference.sparse_adamw import sparse_adamw_ as _reference
 # Elements of one task: large beside the cost of handing it out, small beside a core's share of the work.
 _TASK = 1 << 16
 # Elements that the ATen form works on at a time, so that what it writes in between stays in the cache.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 16
 
 
 def sparse_adamw_(
