@@ -24,7 +24,9 @@ def salient_wgrad(
         return _reference(dy, x, rows, axis, compact, out, accumulate)
     along_rows = axis == "rows"
     salient, other = (dy, x) if along_rows else (x, dy)
-    dw = _pack(salient, rows) @ other
+    # MKL's fp32 product runs as fast on a transposed view; oneDNN's 16-bit one takes twice as long.
+    packed = salient.index_select(1, rows).t() if dy.dtype == torch.float32 else _pack(salient, rows)
+    dw = packed @ other
     if out is None:
         if compact:
             return dw if along_rows else dw.t().contiguous()
