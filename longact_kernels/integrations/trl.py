@@ -1,11 +1,14 @@
 """`LongActGRPOTrainer`: TRL's GRPO trainer with LongAct's optimizer, reading a group's prompt once."""
 
+from typing import Any
+
 import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.integrations.generation import encode_prompts, generate, score
+from longact_kernels.optim import State
 
 
 class LongActGRPOTrainer(GRPOTrainer):
@@ -21,7 +24,9 @@ class LongActGRPOTrainer(GRPOTrainer):
         kwargs: of `GRPOTrainer`.
     """
 
-    def __init__(self, *, longact: LongAct | None, optimizer_state: str = "full", args: GRPOConfig, **kwargs):
+    optimizer: Any
+
+    def __init__(self, *, longact: LongAct | None, optimizer_state: State = "full", args: GRPOConfig, **kwargs):
         self.longact = longact
         self.optimizer_state = optimizer_state
         super().__init__(args=args, **kwargs)

@@ -99,7 +99,8 @@ def saliency_figure(saliency: dict[str, tuple[Tensor, Tensor]]) -> Figure:
         salient = np.zeros(values.shape, dtype=bool)
         for i, (_, rows) in enumerate(found):
             salient[i, rows.numpy()] = True
-        scale = LogNorm(*np.percentile(values, [0.5, 99.5]).clip(1e-6), clip=True)
+        low, high = np.percentile(values, [0.5, 99.5]).clip(1e-6)
+        scale = LogNorm(low, high, clip=True)
         look = {"aspect": "auto", "interpolation": "nearest", "norm": scale}
         axes.imshow(values, cmap="Greys", alpha=0.4, **look)
         image = axes.imshow(np.ma.masked_where(~salient, values), cmap="plasma", **look)

@@ -64,6 +64,8 @@ class RunFolder:
 
     def is_complete(self, max_steps: int) -> bool:
         """Whether the last checkpoint is that of the run's last step; `max_steps` as in `GRPOConfig`."""
+        if self.checkpoint is None:
+            return False
         state = json.loads((self.checkpoint / "trainer_state.json").read_text())
         return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
@@ -80,9 +82,10 @@ class RunFolder:
         path = self.path / "saliency.safetensors"
         found = {}
         for name, layer in longact.layers.items():
-            if (saliency := longact.saliency(name)) is not None:
+            saliency, salient = longact.saliency(name), layer.salient
+            if saliency is not None and salient is not None and salient.rows is not None:
                 found[f"{name}.saliency"] = saliency.cpu().contiguous()
-                found[f"{name}.rows"] = layer.salient.rows.cpu()
+                found[f"{name}.rows"] = salient.rows.cpu()
         if found:
             save_file(found, path)
         kept = load_file(path) if path.is_file() else {}
