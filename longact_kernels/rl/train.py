@@ -32,6 +32,8 @@ def train(argv: list[str]) -> int:
     except ValueError as error:
         print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # nothing has begun
+        return INTERRUPTED
     try:
         with run.interrupt:
             before = run.folder.evaluation("before", lambda: run.evaluate("before"))
