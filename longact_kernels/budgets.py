@@ -380,11 +380,11 @@ def _print_tables(budgets: list[Budget], predictions: list[dict[str, Any]]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    compiled = Table(title="Read from the compiled code (no GPU needed)")
-    for heading in ("kernel", "target", "registers", "spills", "shared", "occupancy", "load/store bits", "tensor core"):
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    compiled = Table(title="Read from the compiled code (no GPU needed); widest load and store in bits")
+    for heading in ("kernel", "target", "registers", "spills", "shared", "occupancy", "load/store", "tensor core"):
         text = heading in ("kernel", "target", "tensor core")
-        compiled.add_column(heading, justify="left" if text else "right", no_wrap=text)
+        compiled.add_column(heading, justify="left" if text else "right", no_wrap=True)
     for b in budgets:
         numbers = (b.registers, f"{b.spills} B", f"{b.shared / KIB:.0f} KiB", f"{b.occupancy:.0%}")
         widths = f"{b.load_bits}/{b.store_bits}"
@@ -393,7 +393,7 @@ def _print_tables(budgets: list[Budget], predictions: list[dict[str, Any]]) -> N
     predicted = Table(title="Predicted, not measured: Qwen3-8B's q and k projections, 32,768 tokens, bf16")
     for heading in ("kernel", "work", "GPU", "bytes/element", "minimum", "time", "share of roofline"):
         text = heading in ("kernel", "work", "GPU")
-        predicted.add_column(heading, justify="left" if text else "right", no_wrap=text)
+        predicted.add_column(heading, justify="left" if text else "right", no_wrap=heading != "work")
     for p in predictions:
         predicted.add_row(
             p["kernel"],

@@ -13,8 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 VARIANTS = list(budgets.variants())
-# sm_90 takes every variant; on the others, which compile the same source through the same passes, the bf16 ones stand for
-# all. The test marked slow leaves none out.
+# sm_90 takes every variant; on the others, which compile the same source through the same passes, the bf16 ones stand
+# for all. The test marked slow leaves none out.
 WHOLE = ("sm_90",)
 
 
