@@ -66,7 +66,8 @@ def parse(argv: list[str]) -> tuple[TrainArguments, GRPOConfig]:
     Raises:
         ValueError: unknown key, wrong value, missing file; the message is one line.
     """
-    parser = OneLineParser((TrainArguments, GRPOConfig), prog="longact train", allow_abbrev=False)
+    usage = "longact train [--config FILE.yaml] [--OPTION VALUE ...]   (options may stand in the file, too)"
+    parser = OneLineParser((TrainArguments, GRPOConfig), usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**DEFAULTS, output_dir=f"runs/{config_name(argv)}")
     try:
         arguments, training, in_config, on_line = parser.parse_args_and_config(
