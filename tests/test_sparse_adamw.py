@@ -87,7 +87,7 @@ def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
         wanted = {"exp_avgs": m, "exp_avg_sqs": v, "steps": tau[:, 0]} | ({"masters": w} if has_master else {})
         for name, want in wanted.items():
             # A few roundings of fp32, of sums whose terms may cancel.
-            size = {"exp_avgs": g.abs() + m.abs(), "masters": w.abs() + update.abs()}.get(name, want.abs())
+            size = {"exp_avgs": g.abs() + m.abs(), "masters": w.abs() + 2 * update.abs()}.get(name, want.abs())
             assert ((after.channels(name, i)[slots] - want).abs() <= 2.0**-21 * size + 1e-37).all(), name
         dtype = after.held["weights"][i].dtype
         if has_master:  # the weight is the master, rounded
@@ -96,7 +96,7 @@ def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
         else:
             ulp = torch.finfo(dtype).eps
             error = (after.channels("weights", i)[index] - w).abs()
-            assert (error <= (ulp / 2 + 2.0**-21) * (w.abs() + update.abs()) + 2.0**-25).all()
+            assert (error <= (ulp / 2 + 2.0**-21) * (w.abs() + 2 * update.abs()) + 2.0**-25).all()
         for name, kept in {"weights": index, "exp_avgs": slots, "exp_avg_sqs": slots, "steps": slots}.items():
             outside = torch.ones(len(before.channels(name, i)), dtype=torch.bool)
             outside[kept] = False
@@ -182,7 +182,8 @@ def test_bias_correction_does_not_cancel(beta1, beta2):
     tau = taus.cpu().double()
     want = -(1 - beta2**tau).sqrt() / (1 - beta1**tau)
     error = (weight[:, 0].cpu().double() - want).abs() / want.abs()
-    assert error.max() <= 2.0**-21
+    # GPUs' approximate exponential, square root and division, one on the other; 1 - beta2**tau in fp32 would be 6% off.
+    assert error.max() <= 2.0**-20
     assert torch.equal(steps, taus)
 
 
