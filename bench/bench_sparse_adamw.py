@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from bench.race import DEVICE, ours
+from bench.race import DEVICE, ours, update
 from longact_kernels import ops
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
@@ -119,7 +119,7 @@ LARGE = [(4096, 4096)] * 4
 
 
 @pytest.mark.parametrize(("density", "bars"), [(0.30, (0.32, 0.8)), (0.05, (0.07, 0.2))], ids=["0.30", "0.05"])
-def test_rows_fp32(race, copy_of, density, bars):
+def test_rows_fp32(race, density, bars):
     problem = Problem(LARGE, density)
     contenders = {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True)}
     if density == 0.30:
@@ -130,13 +130,13 @@ def test_rows_fp32(race, copy_of, density, bars):
         contenders,
         peer="AdamW(fused=True)",
         check=problem.check,
-        roof=copy_of(problem.least_bytes()),
+        roof=update(problem.least_bytes()),
         bars=dict(zip(("ours", "ours, no numba"), bars, strict=True)),
     )
 
 
 @pytest.mark.parametrize(("density", "bars"), [(0.30, (0.30, 0.8)), (0.05, (0.06, 0.8))], ids=["0.30", "0.05"])
-def test_rows_bf16_with_master(race, copy_of, density, bars):
+def test_rows_bf16_with_master(race, density, bars):
     problem = Problem(LARGE, density, dtype=torch.bfloat16)
     race(
         "row AdamW, fp32 master",
@@ -144,12 +144,12 @@ def test_rows_bf16_with_master(race, copy_of, density, bars):
         {**ours(problem.ours), "AdamW(fused=True) + copy": problem.dense(fused=True)},
         peer="AdamW(fused=True) + copy",
         check=problem.check,
-        roof=copy_of(problem.least_bytes()),
+        roof=update(problem.least_bytes()),
         bars=dict(zip(("ours", "ours, no numba"), bars, strict=True)),
     )
 
 
-def test_rows_of_smollm2(race, copy_of):
+def test_rows_of_smollm2(race):
     problem = Problem(SMOLLM2, 0.3)
     race(
         "row AdamW, q/k of SmolLM2",
@@ -164,13 +164,13 @@ def test_rows_of_smollm2(race, copy_of):
         },
         peer="AdamW(fused=True)",
         check=problem.check,
-        roof=copy_of(problem.least_bytes()),
+        roof=update(problem.least_bytes()),
         bars={"ours": 0.36, "ours, no numba": 0.8},
     )
 
 
 @pytest.mark.parametrize(("density", "bars"), [(0.30, (1.00, 2.2)), (0.05, (0.65, 1.4))], ids=["0.30", "0.05"])
-def test_columns(race, copy_of, density, bars):
+def test_columns(race, density, bars):
     problem = Problem(LARGE[:2], density, axis="columns")
     race(
         "column AdamW",
@@ -178,7 +178,7 @@ def test_columns(race, copy_of, density, bars):
         {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True)},
         peer="AdamW(fused=True)",
         check=problem.check,
-        roof=copy_of(problem.least_bytes()),
+        roof=update(problem.least_bytes()),
         bars=dict(zip(("ours", "ours, no numba"), bars, strict=True)),
     )
 

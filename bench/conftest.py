@@ -62,15 +62,3 @@ def race(benchmark, full):
         )
 
     return run
-
-
-@pytest.fixture
-def copy_of():
-    """Makes a roof: a copy that reads and writes a number of bytes in all."""
-
-    def make(total_bytes):
-        source = torch.zeros(int(total_bytes) // 8, device=DEVICE)
-        target = torch.zeros_like(source)
-        return lambda: target.copy_(source)
-
-    return make

@@ -94,3 +94,15 @@ class Turns:
     def ratio(self, name: str, peer: str) -> float:
         """The median over the rounds of one contender's time over another's."""
         return statistics.median(a / b for a, b in zip(self.times[name], self.times[peer], strict=True))
+
+
+def read(total_bytes):
+    """A roof: a function that reads so many bytes."""
+    numbers = torch.zeros(int(total_bytes) // 4, device=DEVICE)
+    return lambda: numbers.sum()
+
+
+def update(total_bytes):
+    """A roof: a function that reads and writes so many bytes in all, in place."""
+    numbers = torch.zeros(int(total_bytes) // 8, device=DEVICE)
+    return lambda: numbers.neg_()

@@ -1,5 +1,6 @@
 """AdamW on salient rows or columns on the CPU: one pass where numba is installed, ATen block by block otherwise."""
 
+from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -68,33 +69,33 @@ def _native(
     from longact_kernels.cpu.native import sparse_adamw as kernels
 
     along_rows = axis == "rows"
-    kept = []  # alive until the kernels are done with their addresses
-
-    def address(tensor: Tensor) -> int:
-        kept.append(tensor)
-        return tensor.data_ptr()
-
-    table: list[int] = []
-    tasks: list[tuple[int, int, int]] = []
+    # Plain arrays: with many small weights the time of tensor calls would show.
+    table, numbers, firsts, ends = array("q"), array("q"), array("q"), array("q")
+    kept = []  # what is made here and must live until the kernels are done
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        (N, K), S = weight.shape, len(rows[i])
-        for tensor in (weight, grad, exp_avgs[i], exp_avg_sqs[i], *masters[i : i + 1]):
-            table += address(tensor), tensor.stride(0)
-        table += [0, 0] * (not masters)
-        table += address(steps[i]), address(rows[i].contiguous()), N, K
-        table += weight.dtype == torch.bfloat16, grad.dtype == torch.bfloat16, compact, grad.shape != weight.shape, S
-        if along_rows:
-            table += 0, 0
-        else:
-            table += address(torch.empty(2 * K)), address(torch.empty(K + 3, dtype=torch.int64))
-        count, length = (S, K) if along_rows else (N, K)
-        size = max(1, _TASK // max(1, length))
-        tasks += ((i, first, min(first + size, count)) for first in range(0, count, size))
-    scalars = torch.tensor([lr, beta1, beta2, eps, weight_decay, scale, -1 if maximize else 1], dtype=torch.float64)
-    work = torch.tensor(tasks, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-    args = [address(torch.tensor(table)), scalars.data_ptr(), *(part.data_ptr() for part in work), 0]
-    passes = [(kernels.column_factors, len(weights)), (kernels.columns, len(tasks))]
-    for kernel, count in [(kernels.rows, len(tasks))] if along_rows else passes:
+        N, K = weight.shape
+        index = rows[i].contiguous()
+        S = index.shape[0]
+        m, v = exp_avgs[i], exp_avg_sqs[i]
+        master = (masters[i].data_ptr(), masters[i].stride(0)) if masters else (0, 0)
+        scratch = () if along_rows else (torch.empty(2 * K), torch.empty(K + 3, dtype=torch.int64))
+        kept.append((index, *scratch))
+        table.extend((
+            weight.data_ptr(), weight.stride(0), grad.data_ptr(), grad.stride(0),
+            m.data_ptr(), m.stride(0), v.data_ptr(), v.stride(0), *master, steps[i].data_ptr(), index.data_ptr(), N, K,
+            weight.dtype == torch.bfloat16, grad.dtype == torch.bfloat16, compact, grad.shape != weight.shape, S,
+            *((0, 0) if along_rows else (part.data_ptr() for part in scratch)),
+        ))  # fmt: skip
+        count = S if along_rows else N
+        size = max(1, _TASK // max(1, K))
+        for first in range(0, count, size):
+            numbers.append(i)
+            firsts.append(first)
+            ends.append(min(first + size, count))
+    scalars = array("d", (lr, beta1, beta2, eps, weight_decay, scale, -1 if maximize else 1))
+    args = [*(values.buffer_info()[0] for values in (table, scalars, numbers, firsts, ends)), 0]
+    passes = [(kernels.column_factors, len(weights)), (kernels.columns, len(numbers))]
+    for kernel, count in [(kernels.rows, len(numbers))] if along_rows else passes:
         if native.run(kernel, count, args)[-1]:
             raise IndexError(f"rows: an index outside the weight's {axis}")
 
