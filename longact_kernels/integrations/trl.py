@@ -47,6 +47,7 @@ class LongActGRPOTrainer(GRPOTrainer):
                 eps=self.args.adam_epsilon,
                 longact=self.longact,
                 state=self.optimizer_state,
+                fused=True,  # as the Trainer's own default
             )
         return self.optimizer
 
