@@ -150,17 +150,20 @@ def launch_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
 def variants() -> list[Variant]:
     """What :func:`longact_kernels.ops.linear_stats` launches: every tile, with all of its options and with none."""
     options = [
-        # dtype, bias and mask, packed, sums of squares, aligned
-        ("bf16", False, False, True, True),
-        ("bf16", True, True, True, True),
-        ("bf16", True, False, False, False),
-        ("fp16", True, True, True, True),
-        ("fp32", False, False, True, True),
-        ("fp32", True, True, True, False),
+        # dtype, precision, bias and mask, packed, sums of squares, aligned
+        ("bf16", "ieee", False, False, True, True),
+        ("bf16", "ieee", True, True, True, True),
+        ("bf16", "ieee", True, False, False, False),
+        ("fp16", "ieee", True, True, True, True),
+        ("fp32", "ieee", False, False, True, True),
+        ("fp32", "ieee", True, True, True, False),
+        ("fp32", "tf32", True, False, True, True),
     ]
     overflow = {"bf16": 2.0**128 - 2.0**119, "fp16": 65520.0, "fp32": float("inf")}
     found = []
-    for (dtype, masked, packed, l2, aligned), targets in itertools.product(options, TARGETS):
+    for (dtype, precision, masked, packed, l2, aligned), targets in itertools.product(options, TARGETS):
+        if precision == "tf32" and not targets[0].startswith("sm_"):
+            continue
         config = launch_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
         num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
         given = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "absmax_ptr": "*i32"}
@@ -173,7 +176,7 @@ def variants() -> list[Variant]:
         integers = ("M", "N", "K", "T", "B", "num_pid_m", "stride_xm", "stride_wn")
         types = given | {name: kind for name, kind in optional.items() if kind} | dict.fromkeys(integers, "i32")
         words = [
-            dtype,
+            dtype if precision == "ieee" else f"{dtype} {precision}",
             *(["bias", "masked"] if masked else []),
             *(["packed"] if packed else []),
             *([] if l2 else ["absmax"]),
@@ -185,7 +188,7 @@ def variants() -> list[Variant]:
                 fn=linear_stats_kernel,
                 types=types,
                 constants={name: None for name, kind in optional.items() if not kind}
-                | {"OVERFLOW": overflow[dtype], "EVEN_K": aligned, "PRECISION": "ieee"}
+                | {"OVERFLOW": overflow[dtype], "EVEN_K": aligned, "PRECISION": precision}
                 | config,
                 divisible=("x_ptr", "w_ptr", "y_ptr", "N", "K", "stride_xm", "stride_wn") if aligned else (),
                 num_warps=num_warps,
@@ -193,7 +196,7 @@ def variants() -> list[Variant]:
                 aligned=aligned,
                 main=dtype == "bf16" and l2 and not masked,
                 memory_bound=False,
-                tensor_core=dtype != "fp32",
+                tensor_core=dtype != "fp32" or precision == "tf32",
                 targets=targets,
             )
         )

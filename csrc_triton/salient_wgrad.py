@@ -192,26 +192,30 @@ def variants() -> list[Variant]:
                 main=dtype == "bf16" and aligned,
             )
         )
-        for targets in TARGETS:
+        precisions = ("ieee", "tf32") if dtype == "fp32" else ("ieee",)
+        for precision, targets in itertools.product(precisions, TARGETS):
+            if precision == "tf32" and not targets[0].startswith("sm_"):
+                continue
             config = launch_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
             num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
             pointers = ("a_ptr", "b_ptr", "partial_ptr")
             found.append(
                 Variant(
                     kernel="salient_wgrad",
-                    label=f"product {dtype}" + ("" if aligned else " unaligned"),
+                    label=f"product {dtype}{' tf32' * (precision == 'tf32')}" + ("" if aligned else " unaligned"),
                     fn=wgrad_kernel,
                     types={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
                     | dict.fromkeys(("M", "P", "Q", "tokens", "stride_am", "stride_bm"), "i32"),
-                    constants={"PRECISION": "ieee", **config},
+                    constants={"PRECISION": precision, **config},
                     # The packed operand is aligned whatever the other one is.
                     divisible=("a_ptr", "P", "stride_am", *((*pointers, "Q", "stride_bm") if aligned else ())),
                     num_warps=num_warps,
                     num_stages=num_stages,
-                    aligned=aligned,
+                    # wgmma takes TF32 operands with tokens innermost only, so that they are transposed in narrow loads.
+                    aligned=aligned and precision == "ieee",
                     main=dtype == "bf16" and aligned,
                     memory_bound=False,
-                    tensor_core=dtype != "fp32",
+                    tensor_core=dtype != "fp32" or precision == "tf32",
                     targets=targets,
                 )
             )

@@ -24,5 +24,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def matmul_precision(tensor: Tensor) -> str:
-    """The `input_precision` that multiplies as torch does: IEEE fp32 unless the user allows TF32."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """The `input_precision` that multiplies as torch does: IEEE fp32 unless the user allows TF32 on an NVIDIA GPU."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 and not torch.version.hip
+    return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
