@@ -1,5 +1,7 @@
 """Loading a model and its tokenizer by a Hub name, a local folder, or `smollm2`."""
 
+import contextlib
+import io
 import os
 import shutil
 from importlib.metadata import version
@@ -71,10 +73,12 @@ def smollm2_folder() -> Path:
         return folder
     package = Path(spec.origin).parent
     gguf_file = next(package.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    # transformers draws a bar of its own over whatever the caller shows.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
     # A rename makes the folder appear whole, also when two processes unpack at once.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(unfinished)
