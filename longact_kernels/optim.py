@@ -252,10 +252,12 @@ def _params(groups: list[dict[str, Any]]) -> Iterator[Any]:
 
 def _chunks(params: list[Any]) -> Iterator[list[Any]]:
     chunk: list[Any] = []
+    numel = 0
     for p in params:
-        if chunk and sum(q.numel() for q in chunk) + p.numel() > CHUNK_NUMEL:
+        if chunk and numel + p.numel() > CHUNK_NUMEL:
             yield chunk
-            chunk = []
+            chunk, numel = [], 0
         chunk.append(p)
+        numel += p.numel()
     if chunk:
         yield chunk

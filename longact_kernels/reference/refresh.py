@@ -1,5 +1,7 @@
 """Choosing the salient set anew, and carrying compact optimizer state from the old set to the new one."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -7,14 +9,16 @@ from torch import Tensor
 def select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     """See :func:`longact_kernels.ops.select`, whose meaning this defines."""
     if len(groups) == 1:
-        values = saliency.view(-1, groups[0])
+        groups, counts = groups * (saliency.numel() // groups[0]), counts * (saliency.numel() // groups[0])
+    chosen, start = [saliency.new_empty(0, dtype=torch.int64)], 0
+    # Neighbouring groups of one size are sorted together.
+    for (group, count), run in itertools.groupby(zip(groups, counts, strict=True)):
+        end = start + group * len(list(run))
+        values = saliency[start:end].view(-1, group)
         # A stable sort keeps equal values in index order, which topk does not promise.
-        top = values.sort(dim=1, descending=True, stable=True).indices[:, : counts[0]].sort(dim=1).values
-        return (top + torch.arange(0, saliency.numel(), groups[0], device=saliency.device).unsqueeze(1)).flatten()
-    chosen, start = [], 0
-    for group, count in zip(groups, counts, strict=True):
-        chosen.append(select(saliency[start : start + group], [group], [count]) + start)
-        start += group
+        top = values.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+        chosen.append((top + torch.arange(start, end, group, device=saliency.device).unsqueeze(1)).flatten())
+        start = end
     return torch.cat(chosen)
 
 
