@@ -13,6 +13,7 @@ from longact_kernels import ops
 from longact_kernels.ops.dispatch import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXAMPLES = 8 if interpreted() else 40
 
 
 def chosen_of(values: list[float], count: int) -> list[int]:
@@ -29,7 +30,7 @@ def few_values():
     return st.one_of(st.sampled_from(special), st.floats(width=32))
 
 
-@settings(deadline=None, max_examples=10 if interpreted() else 100)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(data=st.data(), group=st.integers(1, 40), times=st.integers(0, 4))
 def test_selects_the_largest_of_every_group(data, group, times):
     count = data.draw(st.integers(1, group))
@@ -39,7 +40,7 @@ def test_selects_the_largest_of_every_group(data, group, times):
     assert index.dtype == torch.int64 and index.tolist() == expected
 
 
-@settings(deadline=None, max_examples=8 if interpreted() else 50)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(data=st.data(), groups=st.lists(st.integers(1, 12), min_size=1, max_size=5))
 def test_selects_from_groups_of_different_sizes(data, groups):
     counts = [data.draw(st.integers(1, group)) for group in groups]
@@ -81,7 +82,7 @@ def carries(draw):
     return states, old, new, axis
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(problem=carries())
 def test_state_follows_its_channels(problem):
     states, old, new, axis = problem
@@ -141,6 +142,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         ops.carry_(**{**arguments, **change})
 
 
+@pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
 def test_are_well_formed_operators():
     saliency = torch.rand(20, device=DEVICE)
     torch.library.opcheck(torch.ops.longact.select.default, (saliency, [10], [3]))
@@ -150,6 +152,7 @@ def test_are_well_formed_operators():
     torch.library.opcheck(torch.ops.longact.carry_.default, (states, [0, 0], [old], [new], False))
 
 
+@pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
 def test_compiles_into_one_graph():
     def refreshed(saliency, old, state):
         new = ops.select(saliency, 10, 3)
