@@ -45,13 +45,15 @@ def channel_stats(
         return torch.zeros(N), total.float()
     bits, sumsq = (_native if use_native else _aten)(tokens, kept, chunks, l2)
     absmax = bits.amax(0).view(y.dtype).float()
-    if l2:
+    if sumsq is not None:
         total.index_add_(0, torch.tensor([sequence for _, _, sequence in chunks]), sumsq)
     return absmax, total.float()
 
 
-def _native(y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], l2: bool) -> tuple[Tensor, Tensor]:
-    """Every chunk's largest bits [chunks, N], and fp64 sums of squares [chunks, N]."""
+def _native(
+    y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], l2: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Every chunk's largest bits [chunks, N], and fp64 sums of squares [chunks, N] or None."""
     from longact_kernels.cpu.native.channel_stats import channel_stats as kernel
 
     N, width = y.shape[1], y.element_size()
@@ -69,7 +71,7 @@ def _native(y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], 
     return bits, sumsq
 
 
-def _aten(y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], l2: bool) -> tuple[Tensor, Tensor]:
+def _aten(y: Tensor, kept: Tensor | None, chunks: list[tuple[int, int, int]], l2: bool) -> tuple[Tensor, Tensor | None]:
     """As `_native`, in ATen operations on blocks that fit the cache."""
     integer, sign = (torch.int16, 0x7FFF) if y.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
     keep = None if kept is None else torch.where(kept, sign, 0).to(integer).unsqueeze(1)
