@@ -130,6 +130,9 @@ def _draw(results: list[dict], about: dict, folder: Path) -> list[str]:
             panel.set(title=key[0], xlabel=key[1], ylabel="MiB" if key[0] == "Optimizer state" else "milliseconds")
             if key[1] != "density":
                 panel.set(xscale="log", yscale="log")
+                points = sorted({x for line in curves[key].values() for x, _ in line})
+                panel.set_xticks(points, [f"{x:,}" for x in points], fontsize="x-small")
+                panel.minorticks_off()
             else:
                 panel.set_ylim(bottom=0)
             panel.legend(fontsize="small")
