@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from bench import gpu
-from longact_kernels.budgets import qwen3_8b
+from longact_kernels.budgets import GPUS, qwen3_8b
 
 TINY = gpu.Shapes(tokens=8, K=16, N=(20, 10), layers=2, head_dim=10, salient=3)
 
 
 def test_every_predicted_kernel_has_a_call_to_time():
-    assert gpu.calls(TINY, "cpu").keys() >= qwen3_8b().keys()
+    assert gpu.calls(TINY, "cpu").keys() == gpu.predict("H100").keys()
 
 
 def test_calls_run_and_are_timed():
@@ -21,8 +21,10 @@ def test_calls_run_and_are_timed():
 
 
 def test_predictions_go_by_the_devices_name():
-    assert gpu.predict("NVIDIA H100 80GB HBM3").keys() == qwen3_8b().keys()
-    assert gpu.predict("NVIDIA H200")["channel_stats"] < gpu.predict("NVIDIA H100 80GB HBM3")["channel_stats"]
+    h100 = gpu.predict("NVIDIA H100 80GB HBM3")
+    launches = qwen3_8b().values()
+    assert sum(h100.values()) == pytest.approx(sum(1e6 * work.seconds(GPUS["H100"]) for work in launches))
+    assert gpu.predict("NVIDIA H200")["channel_stats"] < h100["channel_stats"]
     assert gpu.predict("some other GPU") == {}
 
 
