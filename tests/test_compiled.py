@@ -13,20 +13,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 VARIANTS = list(budgets.variants())
-# sm_90 takes every variant; on the others, which compile the same source through the same passes, the bf16 ones stand
-# for all. The test marked slow leaves none out.
-WHOLE = ("sm_90",)
 
 
-def of(kernel, target, whole):
-    chosen = [v for v in VARIANTS if v.kernel == kernel and target in (v.targets or budgets.TARGETS)]
-    return [v for v in chosen if whole or not any(word.startswith(("fp16", "fp32")) for word in v.label.split())]
-
-
-def check(kernel, target, whole):
+@pytest.mark.parametrize("target", budgets.TARGETS)
+@pytest.mark.parametrize("kernel", budgets.KERNELS)
+def test_compiles_within_the_budgets(kernel, target):
     limits = budgets.TARGETS[target]
     wrong = []
-    for variant in of(kernel, target, whole):
+    for variant in VARIANTS:
+        if variant.kernel != kernel or target not in (variant.targets or budgets.TARGETS):
+            continue
         b = budgets.budget(variant, target)
         fits = b.spills == 0 and b.shared <= limits.max_shared
         fits &= not variant.memory_bound or b.occupancy >= 0.5
@@ -35,19 +31,6 @@ def check(kernel, target, whole):
         if not fits:
             wrong.append(b)
     assert not wrong, "\n".join(map(str, wrong))
-
-
-@pytest.mark.parametrize("target", budgets.TARGETS)
-@pytest.mark.parametrize("kernel", budgets.KERNELS)
-def test_compiles_within_the_budgets(kernel, target):
-    check(kernel, target, whole=target in WHOLE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", [target for target in budgets.TARGETS if target not in WHOLE])
-@pytest.mark.parametrize("kernel", budgets.KERNELS)
-def test_every_variant_compiles_on_the_other_targets(kernel, target):
-    check(kernel, target, whole=True)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
