@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 
 .PHONY: demo test lint bench gpu clean
 
-demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 10 minutes on 2 cores
+demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 5 minutes on 2 cores
 	$(BIN)/longact train --config configs/demo.yaml
 
 test: .venv/.test  ## the whole test suite, on the CPU
