@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 # The models are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+
+# The same examples at every run: a failure is one that anybody can repeat.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 SHAPE = dict(
     vocab_size=64,

@@ -13,8 +13,8 @@ from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
 NAMES = ("weights", "grads", "rows", "exp_avgs", "exp_avg_sqs", "steps", "masters")
 HYPER = (torch.tensor(1e-2, dtype=torch.float64), 0.9, 0.99, 1e-8, 0.1)
-# Steps of lr that the last bits of a few roundings make up.
-SLACK = 1e-2 * 2**-21
+# Three steps of updates that bias correction raises to 16 lr, each with four roundings of 2^-24.
+SLACK = 3 * 16e-2 * 2**-22
 
 
 def strided(shape, dtype, generator, pitch):
