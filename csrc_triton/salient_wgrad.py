@@ -18,7 +18,7 @@ TARGETS = [("sm_80", "sm_90"), ("sm_100",), ("sm_89", "sm_120"), ("gfx90a", "gfx
 @triton.jit
 def pack_kernel(
     x_ptr,  # [M, ..]; 1 between channels
-    index_ptr,  # int64 [S]
+    index_ptr,  # int64 [S]; -1 for an empty slot
     packed_ptr,  # [M, P]
     M,
     S,
@@ -27,13 +27,13 @@ def pack_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """`packed[:, :S] = x[:, index]`; columns S .. P are alignment, and zero."""
+    """`packed[:, :S] = x[:, index]`; columns of empty slots, and S .. P, which are alignment, are zero."""
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     in_m = offs_m < M
-    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=0)
+    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1)
     x = tl.load(
-        x_ptr + offs_m[:, None] * stride_xm + channel[None, :], mask=in_m[:, None] & (offs_s < S)[None, :], other=0.0
+        x_ptr + offs_m[:, None] * stride_xm + channel[None, :], mask=in_m[:, None] & (channel >= 0)[None, :], other=0.0
     )
     tl.store(packed_ptr + offs_m[:, None] * P + offs_s[None, :], x, mask=in_m[:, None] & (offs_s < P)[None, :])
 
@@ -42,13 +42,16 @@ def pack_kernel(
 def wgrad_kernel(
     a_ptr,  # [M, P]; 1 between columns
     b_ptr,  # [M, Q]; 1 between columns
+    index_ptr,  # int64 [S]: the channels of a (of b, if COLUMNS); -1 for an empty slot
     partial_ptr,  # fp32 [splits, P, Q]
     M,
     P,
     Q,
+    S,
     tokens,
     stride_am,
     stride_bm,
+    COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -86,6 +89,11 @@ def wgrad_kernel(
         a_ptrs += BLOCK_M * stride_am
         b_ptrs += BLOCK_M * stride_bm
 
+    # Its packed zeros alone would not do: 0 times Inf or NaN of the other operand is NaN.
+    if COLUMNS:
+        acc = tl.where((tl.load(index_ptr + offs_q, mask=offs_q < S, other=0) < 0)[None, :], 0.0, acc)
+    else:
+        acc = tl.where((tl.load(index_ptr + offs_p, mask=offs_p < S, other=0) < 0)[:, None], 0.0, acc)
     partial_ptrs = partial_ptr + (split.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
     tl.store(partial_ptrs, acc, mask=in_p[:, None] & in_q[None, :])
 
@@ -93,7 +101,7 @@ def wgrad_kernel(
 @triton.jit
 def reduce_kernel(
     partial_ptr,  # fp32 [splits, .., Q], of which [P, S] a split are wanted
-    index_ptr,  # int64 [P] (rows) or [S] (columns): where in out they go; None if out is compact
+    index_ptr,  # int64 [P] (rows) or [S] (columns): where in out they go, -1 for nowhere; None if out is compact
     out_ptr,
     splits,
     S,
@@ -108,17 +116,21 @@ def reduce_kernel(
     p = tl.program_id(0).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     in_s = offs_s < S
+    if index_ptr is None:
+        out_ptrs = out_ptr + p * stride_out + offs_s
+    elif COLUMNS:
+        column = tl.load(index_ptr + offs_s, mask=in_s, other=-1)
+        in_s = column >= 0
+        out_ptrs = out_ptr + p * stride_out + column
+    else:
+        row = tl.load(index_ptr + p)
+        in_s = in_s & (row >= 0)
+        out_ptrs = out_ptr + row * stride_out + offs_s
     partial_ptrs = partial_ptr + p * Q + offs_s
     acc = tl.zeros((BLOCK_S,), dtype=tl.float32)
     for _ in range(splits):
         acc += tl.load(partial_ptrs, mask=in_s, other=0.0)
         partial_ptrs += stride_split
-    if index_ptr is None:
-        out_ptrs = out_ptr + p * stride_out + offs_s
-    elif COLUMNS:
-        out_ptrs = out_ptr + p * stride_out + tl.load(index_ptr + offs_s, mask=in_s, other=0)
-    else:
-        out_ptrs = out_ptr + tl.load(index_ptr + p) * stride_out + offs_s
     if ACCUMULATE:
         acc += tl.load(out_ptrs, mask=in_s, other=0.0).to(tl.float32)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_s)
@@ -193,7 +205,9 @@ def variants() -> list[Variant]:
             )
         )
         precisions = ("ieee", "tf32") if dtype == "fp32" else ("ieee",)
-        for precision, targets in itertools.product(precisions, TARGETS):
+        # Along columns, where only the epilogue differs, one dtype will do.
+        axes = ("rows", "columns") if dtype == "bf16" and aligned else ("rows",)
+        for precision, targets, axis in itertools.product(precisions, TARGETS, axes):
             if precision == "tf32" and not targets[0].startswith("sm_"):
                 continue
             config = launch_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
@@ -202,18 +216,19 @@ def variants() -> list[Variant]:
             found.append(
                 Variant(
                     kernel="salient_wgrad",
-                    label=f"product {dtype}{' tf32' * (precision == 'tf32')}" + ("" if aligned else " unaligned"),
+                    label=f"product {dtype}{' tf32' * (precision == 'tf32')}{' columns' * (axis == 'columns')}"
+                    + ("" if aligned else " unaligned"),
                     fn=wgrad_kernel,
-                    types={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
-                    | dict.fromkeys(("M", "P", "Q", "tokens", "stride_am", "stride_bm"), "i32"),
-                    constants={"PRECISION": precision, **config},
+                    types={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "index_ptr": "*i64", "partial_ptr": "*fp32"}
+                    | dict.fromkeys(("M", "P", "Q", "S", "tokens", "stride_am", "stride_bm"), "i32"),
+                    constants={"COLUMNS": axis == "columns", "PRECISION": precision, **config},
                     # The packed operand is aligned whatever the other one is.
                     divisible=("a_ptr", "P", "stride_am", *((*pointers, "Q", "stride_bm") if aligned else ())),
                     num_warps=num_warps,
                     num_stages=num_stages,
                     # wgmma takes TF32 operands with tokens innermost only, so that they are transposed in narrow loads.
                     aligned=aligned and precision == "ieee",
-                    main=dtype == "bf16" and aligned,
+                    main=dtype == "bf16" and aligned and axis == "rows",
                     memory_bound=False,
                     tensor_core=dtype != "fp32" or precision == "tf32",
                     targets=targets,

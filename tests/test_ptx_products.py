@@ -75,9 +75,9 @@ def test_salient_wgrad(on_ptx, monkeypatch, axis, dtype, compact):
     ops = on_ptx("salient_wgrad")
     monkeypatch.setattr(ops, "multiprocessors", lambda device: 132)
     dy, x = randn(1030, 32, dtype=dtype), randn(1030, 48, dtype=dtype, seed=1)
-    rows = some(32 if axis == "rows" else 48, 20)
+    rows = some(32 if axis == "rows" else 48, 20, empty=3)
     problem = dy, x, rows, axis, compact
-    check(ops._kernels(*problem, None, False), *problem)
+    check(ops._kernels(*problem, None, False), *problem, rounds_product=False)
 
 
 def test_salient_wgrad_added_to_a_gradient_unaligned(on_ptx):

@@ -74,7 +74,9 @@ def carries(draw):
         S, K = draw(st.integers(1, 80)), draw(st.sampled_from([1, 3, 4, 8, 130]))
         N = S + draw(st.integers(0, 40))
         for sets in (old, new):
-            sets.append(torch.randperm(N, generator=generator)[:S].sort().values.to(DEVICE))
+            chosen = torch.randperm(N, generator=generator)[:S].sort().values
+            chosen[: draw(st.integers(0, min(S, 5)))] = -1
+            sets.append(chosen.to(DEVICE))
         moment = torch.randn((S, K) if axis == "rows" else (K, S), generator=generator)
         wide = torch.randn(S, K + 1, generator=generator)[:, :K] if axis == "rows" else moment.clone()
         steps = torch.randint(1, 99, (S,), dtype=torch.int32, generator=generator)
@@ -88,7 +90,7 @@ def test_state_follows_its_channels(problem):
     states, old, new, axis = problem
     expected = []
     for layer, before, after in zip(states, old, new, strict=True):
-        place = {channel: slot for slot, channel in enumerate(before.tolist())}
+        place = {channel: slot for slot, channel in enumerate(before.tolist()) if channel >= 0}
         for state in layer:
             lines = state if axis == "rows" or state.ndim == 1 else state.T
             moved = [lines[place[c]] if c in place else torch.zeros_like(lines[0]) for c in after.tolist()]
@@ -96,7 +98,8 @@ def test_state_follows_its_channels(problem):
             expected.append(moved if axis == "rows" or state.ndim == 1 else moved.T)
     kept = ops.carry_(states, old, new, axis)
     for layer, before, after in zip(kept, old, new, strict=True):
-        assert layer.dtype == torch.bool and layer.tolist() == [c in set(before.tolist()) for c in after.tolist()]
+        stays = [c >= 0 and c in set(before.tolist()) for c in after.tolist()]
+        assert layer.dtype == torch.bool and layer.tolist() == stays
     for state, moved in zip((state for layer in states for state in layer), expected, strict=True):
         assert torch.equal(state, moved)
 

@@ -14,31 +14,40 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAMPLES = 8 if interpreted() else 40
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# As ATen's products on a CPU are.
+ROUNDS_PRODUCT = DEVICE == "cpu" and not interpreted()
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def some(channels: int, count: int, seed: int = 0) -> torch.Tensor:
-    """An ascending set of `count` channels."""
-    return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:count].sort().values.to(DEVICE)
+def some(channels: int, count: int, seed: int = 0, empty: int = 0) -> torch.Tensor:
+    """An ascending set of `count` channels, after so many empty slots."""
+    chosen = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return torch.cat([torch.full((empty,), -1), chosen]).to(DEVICE)
 
 
-def check(dw, dy, x, rows, axis, compact, before=None):
-    """Holds one result against its bound: fp32 sums of M terms, one rounding to its dtype, zeros outside the set."""
+def check(dw, dy, x, rows, axis, compact, before=None, rounds_product=ROUNDS_PRODUCT):
+    """Holds one result against its bound: fp32 sums of M terms, one rounding to its dtype, zeros outside the set.
+
+    Where the product is rounded to 16 bits before it is added or widened, that rounding comes on top.
+    """
     exact = dy.double().T @ x.double()
     terms = dy.double().abs().T @ x.double().abs()
     outside = torch.ones_like(exact, dtype=torch.bool)
-    outside[rows if axis == "rows" else (slice(None), rows)] = False
+    outside[rows[rows >= 0] if axis == "rows" else (slice(None), rows[rows >= 0])] = False
     if compact:
-        exact, terms, outside = (t[rows] if axis == "rows" else t[:, rows] for t in (exact, terms, outside))
+        along = 0 if axis == "rows" else 1
+        exact, terms, outside = (t.index_select(along, rows.clamp(min=0)) for t in (exact, terms, outside))
+        outside.index_fill_(along, (rows < 0).nonzero().flatten(), True)
+    slack = UNIT[dy.dtype] * exact.abs() if rounds_product and (compact or before is not None) else 0
     if before is not None:
         exact, terms = exact + before.double(), terms + before.double().abs()
     assert dw.shape == exact.shape and dw.dtype == (torch.float32 if compact else dy.dtype)
     unit = UNIT[dw.dtype]
-    tiny = torch.finfo(dw.dtype).smallest_normal * unit
-    near = (dw.double() - exact).abs() <= unit * exact.abs() + 1.01 * (len(dy) + 70) * 2**-24 * terms + tiny
+    tiny = torch.finfo(dy.dtype).smallest_normal * UNIT[dy.dtype]
+    near = (dw.double() - exact).abs() <= unit * exact.abs() + slack + 1.01 * (len(dy) + 70) * 2**-24 * terms + tiny
     assert (near | outside).all()
     assert torch.equal(dw[outside], torch.zeros_like(dw[outside]) if before is None else before[outside])
 
@@ -52,7 +61,8 @@ def problems(draw):
     x = randn(K, M, dtype=dtype, seed=1).T if draw(st.booleans()) else randn(M, K, dtype=dtype, seed=1)
     axis = draw(st.sampled_from(["rows", "columns"]))
     channels = N if axis == "rows" else K
-    return dy, x, some(channels, draw(st.integers(0, channels))), axis, draw(st.booleans())
+    rows = some(channels, draw(st.integers(0, channels)), empty=draw(st.integers(0, 20)))
+    return dy, x, rows, axis, draw(st.booleans())
 
 
 @settings(deadline=None, max_examples=EXAMPLES)
@@ -74,7 +84,7 @@ def test_writes_or_adds_to_a_given_gradient(problem, accumulate):
         assert torch.equal(out, ops.salient_wgrad(*problem))
     else:
         kept = torch.ones(out.shape[0 if axis == "rows" else 1], dtype=torch.bool, device=DEVICE)
-        kept[rows] = False
+        kept[rows[rows >= 0]] = False
         inside = (lambda t: t[~kept]) if axis == "rows" else (lambda t: t[:, ~kept])
         outside = (lambda t: t[kept]) if axis == "rows" else (lambda t: t[:, kept])
         assert torch.equal(outside(out), outside(before))
@@ -105,6 +115,26 @@ def test_nonfinite_gradients_stay_in_their_channels():
     dw = ops.salient_wgrad(dy, x, rows)
     assert dw[5].isnan().all() and dw[[1, 7]][:, [0, 1, 3, 4, 5, 6, 7]].isfinite().all() and dw[[1, 7], 2].isinf().all()
     assert (dw[[0, 2, 3, 4, 6, 8, 9, 10, 11]] == 0).all()
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_empty_slots_stay_zero_beside_nonfinite_numbers(axis):
+    """Alone and among channels, written and added: 0 times Inf would be NaN."""
+    dy, x = randn(50, 12), randn(50, 16, seed=1)
+    (x if axis == "rows" else dy)[9] = float("inf")
+    for count in (0, 5):
+        rows = some(12, count, empty=11)
+        compact = ops.salient_wgrad(dy, x, rows, axis, compact=True)
+        given = torch.full_like(compact, 3.0)
+        ops.salient_wgrad(dy, x, rows, axis, compact=True, out=given)
+        added = torch.full_like(compact, 3.0)
+        ops.salient_wgrad(dy, x, rows, axis, compact=True, out=added, accumulate=True)
+        whole = ops.salient_wgrad(dy, x, rows, axis)
+        for dw, value in ((compact, 0.0), (given, 0.0), (added, 3.0)):
+            slots = dw if axis == "rows" else dw.T
+            assert (slots[:11] == value).all() and not slots[11:].isfinite().any()
+        lines = whole if axis == "rows" else whole.T
+        assert (lines != 0).any(1).nonzero().flatten().tolist() == rows[11:].tolist()
 
 
 def test_more_than_two_to_the_31_elements_apart():
@@ -158,12 +188,16 @@ def test_compiles_into_one_graph():
 
 @pytest.mark.skipif(not interpreted(), reason="counts the accesses of interpreted kernels")
 def test_bytes_moved():
-    """Salient channels once and packed; two tiles of the product; its two splits written, read, and written as one."""
+    """Salient channels once and packed; two tiles of the product; its two splits written, read, and written as one.
+
+    Every tile of a split asks which of its slots are empty.
+    """
     dy, x, rows = randn(1024, 80, dtype=torch.bfloat16), randn(1024, 256, dtype=torch.bfloat16, seed=1), some(80, 24)
     with count_bytes() as moved:
         ops.salient_wgrad(dy, x, rows)
-    packed, splits, index = 2 * 1024 * 32, 2, 8 * 24
-    assert moved["read"] == 2 * 1024 * 24 + 64 * index + 2 * packed + x.nbytes + splits * 4 * 24 * 256 + index
+    packed, tiles, splits, index = 2 * 1024 * 32, 2, 2, 8 * 24
+    product = tiles * packed + x.nbytes + tiles * splits * index
+    assert moved["read"] == 2 * 1024 * 24 + 64 * index + product + splits * 4 * 24 * 256 + index
     assert moved["written"] == packed + splits * 4 * 32 * 256 + 2 * 24 * 256
 
 

@@ -87,9 +87,9 @@ def carry_(
 
     Equivalent torch code, for each state of a layer::
 
-        kept = torch.isin(new, old)
+        kept = torch.isin(new, old) & (new >= 0)
         moved = torch.zeros_like(state)
-        moved[kept] = state[torch.isin(old, new)]
+        moved[kept] = state[torch.isin(old, new) & (old >= 0)]
         state.copy_(moved)
 
     One launch moves the states of all layers; their addresses stay what they were.
@@ -97,8 +97,8 @@ def carry_(
     Args:
         states: for each layer its state tensors, fp32 or int32: [S, ..] whose slot s belongs to channel `old[s]`; with
             axis "columns" [.., S].
-        old: for each layer int64 [S], ascending.
-        new: for each layer int64 [S], ascending.
+        old: for each layer int64 [S], ascending; sets may begin with slots that hold no channel, -1.
+        new: for each layer int64 [S], ascending; state of its empty slots is zeroed, and they count as not kept.
         axis: "rows" or "columns", along which the channels lie.
 
     Returns:
@@ -150,7 +150,8 @@ def _carry_kernel(
     # All layers are looked up at once: the layer is what comes first in the order.
     before, after = torch.cat(old) + layer_of, torch.cat(new) + layer_of
     place = torch.searchsorted(before, after, out_int32=True).clamp_(max=len(before) - 1)
-    kept = before[place] == after
+    # The layer in the high bits keeps -1, a slot without a channel, below the layer's own channels.
+    kept = (before[place] == after) & (torch.cat(new) >= 0)
     source = torch.where(kept, place - first, -1)
 
     starts = [0, *itertools.accumulate(sizes)]

@@ -32,12 +32,14 @@ def salient_wgrad(
         db = dy.sum(0)                          # with bias: the whole gradient of the bias, which is never masked
 
     Products are added up in fp32 and rounded once. Where the product is small and M is long, the tokens are split among
-    programs and the parts added in a fixed order: the same inputs give the same bits on the same kind of GPU.
+    programs and the parts added in a fixed order: the same inputs give the same bits on the same kind of GPU. On a CPU
+    the product of 16-bit tensors is rounded to 16 bits, as PyTorch's is, before it is added to `out` or widened.
 
     Args:
         dy: gradient of the output [M, N] in fp32, fp16 or bf16.
         x: input [M, K], in the dtype of `dy`.
-        rows: int64 [S], ascending: the salient set, of rows or of columns.
+        rows: int64 [S], ascending: the salient set, of rows or of columns. It may begin with slots that hold no
+            channel, -1: zero in the compact form (where `accumulate` adds nothing to them), absent from the other one.
         axis: "rows" or "columns", along which the salient channels lie.
         compact: return fp32 [S, K] (rows) or [N, S] (columns), slot s belonging to channel `rows[s]`.
         out: a tensor to write to, of the shape of the result, rows contiguous; channels outside the set keep their
@@ -133,8 +135,9 @@ def _kernels(
     partial = out if direct else dy.new_empty((splits, P, Q), dtype=torch.float32)
     tiles = -(-P // config["BLOCK_P"]) * -(-Q // config["BLOCK_Q"])
     kernels.wgrad_kernel[(tiles, splits)](
-        a, b, partial, M, P, Q, tokens, a.stride(0), b.stride(0), PRECISION=matmul_precision(dy), **config
-    )
+        a, b, rows, partial, M, P, Q, S, tokens, a.stride(0), b.stride(0),
+        COLUMNS=columns, PRECISION=matmul_precision(dy), **config,
+    )  # fmt: skip
     if not direct:
         config = kernels.REDUCE_CONFIG[axis]
         outer, inner = (N, S) if columns else (S, K)

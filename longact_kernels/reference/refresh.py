@@ -29,7 +29,7 @@ def carry_(
     slots = [
         torch.searchsorted(before, after).clamp_(max=len(before) - 1) for before, after in zip(old, new, strict=True)
     ]
-    kept = [before[slot] == after for before, slot, after in zip(old, slots, new, strict=True)]
+    kept = [(before[slot] == after) & (after >= 0) for before, slot, after in zip(old, slots, new, strict=True)]
     for state, layer in zip(states, layers, strict=True):
         along = -1 if columns else 0
         shape = [1] * state.ndim

@@ -14,15 +14,19 @@ def salient_wgrad(
     accumulate: bool = False,
 ) -> Tensor:
     """See :func:`longact_kernels.ops.salient_wgrad`, whose meaning this defines."""
-    left, right = (dy[:, rows], x) if axis == "rows" else (dy, x[:, rows])
+    slots = (rows >= 0).nonzero().flatten()
+    channels = rows[slots]
+    left, right = (dy[:, channels], x) if axis == "rows" else (dy, x[:, channels])
     # A product is rounded once: to dy's dtype at its end, or after it was added up in fp32.
     dw = left.T.float() @ right.float() if compact or accumulate else left.T @ right
     if out is None:
-        shape = dw.shape if compact else (dy.shape[1], x.shape[1])
+        shape = [dy.shape[1], x.shape[1]]
+        if compact:
+            shape[axis == "columns"] = len(rows)
         out = dw.new_zeros(shape, dtype=torch.float32 if compact else dy.dtype)
-    if compact:
-        salient: slice | Tensor | tuple = slice(None)
-    else:
-        salient = rows if axis == "rows" else (slice(None), rows)
+    elif compact and not accumulate:
+        out.zero_()
+    places = slots if compact else channels
+    salient = places if axis == "rows" else (slice(None), places)
     out[salient] = (out[salient] + dw if accumulate else dw).to(out.dtype)
     return out
