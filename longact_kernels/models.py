@@ -1,7 +1,8 @@
-"""Finding the query and key projections of a model, and putting other linear modules in their place."""
+"""Finding the query and key projections of a model, by the structure of its attention modules."""
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,63 +12,378 @@ from longact_kernels.modules import SalientLinear
 
 LinearT = TypeVar("LinearT", bound=nn.Linear)
 
-PROJECTIONS = ("q_proj", "k_proj")
+
+class Head(NamedTuple):
+    """Neighbouring output channels of a projection that belong together.
+
+    Attributes:
+        size: how many they are.
+        kind: "q" or "k": one head's query or key, whose channels compete with those of their kind; None: channels that
+            train densely, such as values and gates.
+    """
+
+    size: int
+    kind: str | None
 
 
 class Projection(NamedTuple):
-    """A query or key projection: its module name, the module, and the channels of one head."""
+    """A linear layer that makes queries, keys, or both.
+
+    Attributes:
+        name: its module path.
+        module: an `nn.Linear`, or a `Conv1D`, whose weight is stored [in, out].
+        heads: of the output channels, in their order; the sizes add up to the output features.
+        attention: path of the module that holds it.
+        transposed: whether the weight is stored [in, out].
+    """
 
     name: str
-    linear: nn.Linear
-    head_dim: int
+    module: nn.Module
+    heads: tuple[Head, ...]
+    attention: str
+    transposed: bool
+
+    @property
+    def linear(self) -> nn.Linear:
+        assert isinstance(self.module, nn.Linear)
+        return self.module
+
+    @property
+    def head_dim(self) -> int:
+        if self.transposed or len(set(self.heads)) != 1:
+            raise ValueError(f"model: {self.name} holds more than queries or keys of one size")
+        return self.heads[0].size
 
 
-def find_projections(model: nn.Module) -> list[Projection]:
-    """The `q_proj` and `k_proj` linear layers of a model, in the order of its modules.
+class _Attention:
+    """What an attention module and its config tell about its heads."""
+
+    def __init__(self, module: nn.Module, config: Any):
+        self.module = module
+        self.config = getattr(module, "config", None) or config
+
+    def number(self, *names: str) -> int | None:
+        """The first of the attributes that is a positive number, the module's before the config's."""
+        for owner in (self.module, self.config):
+            for name in names:
+                # Configs with values for each layer raise when asked for the whole model's.
+                try:
+                    value = getattr(owner, name, None)
+                except ValueError:
+                    value = None
+                if isinstance(value, int) and value > 0:
+                    return value
+        return None
+
+    @property
+    def q_heads(self) -> int | None:
+        return self.number("num_heads", "num_attention_heads", "n_heads", "n_head")
+
+    @property
+    def kv_heads(self) -> int | None:
+        return self.number("num_key_value_heads", "num_kv_heads")
+
+    @property
+    def size(self) -> int | None:
+        size = self.number("qk_head_dim", "head_dim", "head_size", "attention_head_size", "attn_head_size", "dim_head")
+        if size is None and (hidden := self.number("hidden_size", "embed_dim", "d_model")) and self.q_heads:
+            size = hidden // self.q_heads
+        return size
+
+
+# A layout tells the heads of N output channels, or None where its numbers do not add up.
+Layout = Callable[[_Attention, int], list[Head] | None]
+
+
+def _query(attention: _Attention, N: int) -> list[Head] | None:
+    d, H = attention.size, attention.q_heads
+    if d and H and 2 * d * H == N:
+        # Gated attention: each head's query is followed by its gate.
+        return [Head(d, "q"), Head(d, None)] * H
+    return [Head(d, "q")] * (N // d) if d and N % d == 0 and H in (None, N // d) else None
+
+
+def _key(attention: _Attention, N: int) -> list[Head] | None:
+    if getattr(attention.module, "v_proj", attention) is None:
+        # What makes the keys makes the values too.
+        return [Head(N, None)]
+    d = attention.size
+    return [Head(d, "k")] * (N // d) if d and N % d == 0 else None
+
+
+def _key_value_heads(attention: _Attention, N: int) -> tuple[int, int, int] | None:
+    """Size of a head and numbers of query and of key heads where N channels hold queries, keys and values."""
+    d, H = attention.size, attention.q_heads
+    if not d or not H or N % d or (N // d - H) % 2 or N // d <= H:
+        return None
+    kv_heads = (N // d - H) // 2
+    return (d, H, kv_heads) if H % kv_heads == 0 else None
+
+
+def _blocks(attention: _Attention, N: int) -> list[Head] | None:
+    """All queries, all keys, all values."""
+    if not (found := _key_value_heads(attention, N)):
+        return None
+    d, H, kv_heads = found
+    return [Head(d, "q")] * H + [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
+
+
+def _grouped(attention: _Attention, N: int) -> list[Head] | None:
+    """For each key head: the queries that look at it, the key, the value."""
+    if not (found := _key_value_heads(attention, N)):
+        return None
+    d, H, kv_heads = found
+    return ([Head(d, "q")] * (H // kv_heads) + [Head(d, "k"), Head(d, None)]) * kv_heads
+
+
+def _four_shards(attention: _Attention, N: int) -> list[Head] | None:
+    """Four shards, each a block of queries, of values, of keys."""
+    d, H = attention.size, attention.q_heads
+    if not d or not H or H % 4 or 3 * d * H != N:
+        return None
+    return ([Head(d, "q")] * (H // 4) + [Head(d, None)] * (H // 4) + [Head(d, "k")] * (H // 4)) * 4
+
+
+def _keys_values(attention: _Attention, N: int) -> list[Head] | None:
+    """All keys, all values; or one head that is both."""
+    d, kv_heads = attention.size, attention.kv_heads
+    if d == N:
+        return [Head(N, None)]
+    if not d or not kv_heads or 2 * d * kv_heads != N:
+        return None
+    return [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
+
+
+def _latent(attention: _Attention, N: int) -> list[Head] | None:
+    """Latent attention, from the latent up: for each head its key without the rotary part, then its value."""
+    d, v = attention.number("qk_nope_head_dim"), attention.number("v_head_dim")
+    return [Head(d, "k"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
+
+
+def _gated_latent_query(attention: _Attention, N: int) -> list[Head] | None:
+    """Latent attention: for each head its query, then the gate of its value."""
+    d, v = attention.number("qk_head_dim"), attention.number("v_head_dim")
+    return [Head(d, "q"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
+
+
+# Separate projections, under the names that stand together in one module: a `key` without a `query` is no attention.
+PAIRS = {
+    "q_proj": "k_proj",
+    "query": "key",
+    "query_proj": "key_proj",
+    "q_lin": "k_lin",
+    "project_q": "project_k",
+    "Wq": "Wk",
+    "wq": "wk",
+}
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(PAIRS, _query),
+    **dict.fromkeys(PAIRS.values(), _key),
+    "query_key": _query,
+    "q_b_proj": _query,
+    "q_gate_proj": _gated_latent_query,
+    "kv_b_proj": _latent,
+    "kv_proj": _keys_values,
+    "query_key_value": _grouped,
+    "wqkv": _grouped,
+    "qkv_proj": _blocks,
+    "c_attn": _blocks,
+    "Wqkv": _blocks,
+    "W_pack": _blocks,
+}
+# Modules that use a name in another way.
+LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
+    ("GPTBigCodeAttention", "c_attn"): _grouped,
+    ("CodeGenAttention", "qkv_proj"): _four_shards,
+}
+
+
+# What `target_modules` may be: name endings, a regular expression of whole paths, or a function of path and module that
+# gives the row ranges (start, stop, head size) of queries or keys, the other rows being dense, or None.
+Ranges = Iterable[tuple[int, int, int]]
+TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
+
+CROSS_ATTENTION = re.compile(
+    r"(^|\.)(cross_?att(n|ention)\w*|encoder_att(n|ention)|enc_?dec_?att(n|ention))(\.|$)", re.I
+)
+
+
+def find_projections(model: nn.Module, target_modules: TargetModules | None = None) -> list[Projection]:
+    """The linear layers that make queries and keys, in the order of the model's modules.
+
+    Without `target_modules`, the self-attention of the language model is searched for layers by their usual names,
+    separate (`q_proj`, `k_proj`), fused with the values (`qkv_proj`, `query_key_value`, `c_attn`) or up from a latent
+    (`q_b_proj`, `kv_b_proj`); where in a fused layer queries, keys and values lie follows from its name and its sizes.
+    Left dense: cross-attention, vision and audio towers, linear attention and other recurrences, and keys that are
+    the values too.
+
+    Args:
+        model: a language model, or a multimodal model around one.
+        target_modules: where to look instead, in the whole model. A list of name endings, as in PEFT: layers called
+            `name` or `….name`. A string: a regular expression that the whole path matches. A function
+            `(path, module) -> ranges`: a list of `(start, stop, head size)` output channels that are queries or keys
+            (the others stay dense), or None for a module that is no such layer.
 
     Raises:
-        ValueError: if there are none (naming the linear layers seen), if one is not a plain `nn.Linear` (quantised,
-            adapted or already salient), or if the size of a head cannot be told.
+        ValueError: if there are none (naming the linear layers seen), if one cannot be trained row by row (quantised,
+            adapted, already salient), if none requires a gradient, or if the heads of one cannot be told.
     """
+    config = getattr(model, "config", None)
     found = []
-    for name, parent in model.named_modules():
-        for child in PROJECTIONS:
-            module = getattr(parent, child, None)
-            if isinstance(module, nn.Module):
-                path = f"{name}.{child}" if name else child
-                linear = _plain(path, module)
-                found.append(Projection(path, linear, _head_dim(path, parent, linear, model)))
+    for path, parent, module, ranges in _candidates(model, target_modules):
+        name = path.rpartition(".")[2]
+        if (inner := getattr(module, "linear", None)) is not None and isinstance(inner, nn.Linear):
+            path, module = f"{path}.linear", inner
+        transposed = _check_plain(path, module)
+        N = _weight(module).shape[1 if transposed else 0]
+        if ranges is None:
+            heads = _heads(path, name, _Attention(parent, config), N)
+        else:
+            heads = _heads_of_ranges(path, name, ranges, N)
+        if any(head.kind for head in heads):
+            attention = path.rpartition(".")[0].removesuffix(name).removesuffix(".")
+            found.append(Projection(path, module, heads, attention, transposed))
     if not found:
-        seen = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(_nothing_found(model, target_modules))
+    if not any(_weight(projection.module).requires_grad for projection in found):
         raise ValueError(
-            f"model: no query or key projections in {type(model).__name__}; looked for linear layers named "
-            f"{' and '.join(PROJECTIONS)}, saw {', '.join(seen) or 'no linear layers at all'}"
+            f"model: none of the {len(found)} query and key projections requires a gradient (the first is "
+            f"{found[0].name}); unfreeze their weights with requires_grad_(True), or train without LongAct: adapters "
+            "beside frozen weights have no rows to choose from"
         )
     return found
 
 
-def _plain(path: str, module: nn.Module) -> nn.Linear:
-    if type(module) is nn.Linear:
-        return module
+def _candidates(
+    model: nn.Module, target_modules: TargetModules | None
+) -> Iterator[tuple[str, nn.Module, nn.Module, Ranges | None]]:
+    """Path, parent and module of every layer to take, and the ranges that a callable `target_modules` gave."""
+    if target_modules is None:
+        for name, parent in _text_modules(model):
+            if _is_recurrence(parent):
+                continue
+            for child, module in parent.named_children():
+                query = next((q for q, k in PAIRS.items() if k == child), child)
+                if child in LAYOUTS and hasattr(parent, query) and not _is_container(module):
+                    yield f"{name}.{child}" if name else child, parent, module, None
+        return
+    for path, module in model.named_modules():
+        match = _match(target_modules, path, module)
+        if match is not None and match is not False:
+            parent = model.get_submodule(path.rpartition(".")[0])
+            yield path, parent, module, None if match is True else match
+
+
+def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Ranges | bool | None:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, path) is not None
+    if callable(target_modules):
+        return target_modules(path, module)
+    return any(path == end or path.endswith(f".{end}") for end in target_modules)
+
+
+def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the language model in `model`, but for cross-attention."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    text = get_decoder() if callable(get_decoder) else model
+    if not any(module is text for module in model.modules()):
+        text = model
+    prefix = next(name for name, module in model.named_modules() if module is text)
+    towers: list[str] = []
+    for inner, module in text.named_modules():
+        name = ".".join(part for part in (prefix, inner) if part)
+        if module is not text and "input_ids" not in getattr(module, "main_input_name", "input_ids"):
+            towers.append(f"{name}.")
+        if not f"{name}.".startswith(tuple(towers)) and not CROSS_ATTENTION.search(inner):
+            yield name, module
+
+
+def _is_recurrence(attention: nn.Module) -> bool:
+    """Whether this is linear attention: a state that decays, instead of a softmax over tokens."""
+    names = [name for name, _ in attention.named_parameters()] + [name for name, _ in attention.named_buffers()]
+    return any(name.rpartition(".")[2] in ("A_log", "slope_rate") for name in names)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module that bears a projection's name holds projections with names of their own."""
+    return any(child in LAYOUTS for child, _ in module.named_children())
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight
+
+
+def _check_plain(path: str, module: nn.Module) -> bool:
+    """Raises where a layer cannot be trained row by row; returns whether its weight is stored [in, out]."""
     if isinstance(module, SalientLinear):
         raise ValueError(f"model: {path} is a SalientLinear already; call restore() on the LongAct that swapped it in")
-    raise ValueError(
-        f"model: {path} is a {type(module).__module__}.{type(module).__name__}; needed a plain torch.nn.Linear "
-        "(quantised or adapter-wrapped projections cannot be trained row by row)"
-    )
-
-
-def _head_dim(path: str, attention: nn.Module, linear: nn.Linear, model: nn.Module) -> int:
-    config: Any = getattr(attention, "config", None) or getattr(model, "config", None)
-    head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-    if head_dim is None and hasattr(config, "num_attention_heads"):
-        head_dim = config.hidden_size // config.num_attention_heads
-    if not isinstance(head_dim, int) or linear.out_features % head_dim:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if hasattr(module, "base_layer"):
         raise ValueError(
-            f"model: cannot tell the head size of {path}: got {head_dim} for {linear.out_features} output channels; "
-            "needed `head_dim` on the attention module or in the model's config, dividing the channels"
+            f"model: {path} is a {kind}, an adapter around a linear layer; needed the plain layer: merge the adapter "
+            "first (model = model.merge_and_unload()), or train the adapter alone, without LongAct"
         )
-    return head_dim
+    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    # Falcon's subclass only writes the same product in another way.
+    if not transposed and type(module) is not nn.Linear and type(module).__name__ != "FalconLinear":
+        raise ValueError(
+            f"model: {path} is a {kind}; needed a plain torch.nn.Linear. If the model is quantised, load it in "
+            "bfloat16 or float32 instead"
+        )
+    weight = _weight(module)
+    # Quantising libraries bring tensor types of their own; torch's DTensor shards an ordinary one.
+    if type(weight.data).__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
+        raise ValueError(
+            f"model: the weight of {path} is a {type(weight.data).__name__} of {weight.dtype}; needed a plain "
+            "floating-point tensor. If the model is quantised, load it in bfloat16 or float32 instead"
+        )
+    return transposed
+
+
+def _heads(path: str, name: str, attention: _Attention, N: int) -> tuple[Head, ...]:
+    layout = LAYOUTS_OF_CLASS.get((type(attention.module).__name__, name), LAYOUTS.get(name))
+    if layout is None:
+        # A name of the user's: queries or keys alone.
+        layout = _key if _says_key(name) else _query
+    heads = layout(attention, N)
+    if heads is None:
+        raise ValueError(
+            f"model: cannot tell the heads of {path} from {attention.size} channels a head and {attention.q_heads} "
+            f"query heads: it has {N} output channels; pass target_modules=lambda path, module: [(start, stop, "
+            f"head_size), ...] if path.endswith({name!r}) else None, with the ranges of the queries and keys"
+        )
+    return tuple(heads)
+
+
+def _says_key(name: str) -> bool:
+    return "k" in name.lower() and "q" not in name.lower()
+
+
+def _heads_of_ranges(path: str, name: str, ranges: Ranges, N: int) -> tuple[Head, ...]:
+    heads: list[Head] = []
+    end = 0
+    for start, stop, size in sorted(ranges):
+        if not end <= start < stop <= N or size < 1 or (stop - start) % size:
+            raise ValueError(
+                f"target_modules: got the range ({start}, {stop}, {size}) for {path}, which has {N} output channels; "
+                "needed ranges that do not overlap, each a multiple of its head size"
+            )
+        heads += [Head(start - end, None)] * (start > end)
+        heads += [Head(size, "k" if _says_key(name) else "q")] * ((stop - start) // size)
+        end = stop
+    return (*heads, *[Head(N - end, None)] * (end < N))
+
+
+def _nothing_found(model: nn.Module, target_modules: TargetModules | None) -> str:
+    seen = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    saw = f"saw {', '.join(seen) or 'no linear layers at all'}"
+    if target_modules is None:
+        return (
+            f"model: no query or key projections in {type(model).__name__}; looked for q_proj, k_proj, qkv_proj and "
+            f"other usual names, {saw}; name them with target_modules=[...]"
+        )
+    return f"target_modules: got {target_modules!r}, which matches no layer of {type(model).__name__}; {saw}"
 
 
 def replace_linear(model: nn.Module, name: str, cls: type[LinearT]) -> LinearT:

@@ -26,9 +26,11 @@ def test_head_size_from_the_config_alone():
 def test_no_projections_names_what_was_looked_for_and_what_is_there():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     model.add_module("gate", torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"^model: no query or key .* q_proj and k_proj, saw 0, gate$"):
+    with pytest.raises(
+        ValueError, match=r"^model: no query or key .* q_proj, k_proj.*, saw 0, gate; name them with target_mod"
+    ):
         LongAct(model)
-    with pytest.raises(ValueError, match=r"no linear layers at all$"):
+    with pytest.raises(ValueError, match=r"no linear layers at all; "):
         LongAct(torch.nn.ReLU())
 
 
@@ -54,10 +56,12 @@ def test_a_second_longact_on_a_model_is_refused():
 def test_unknown_head_size_is_an_error_that_says_where_it_is_looked_for():
     model = torch.nn.Module()
     model.q_proj = torch.nn.Linear(4, 12)
-    with pytest.raises(ValueError, match=r"head size of q_proj: got None for 12 output channels"):
+    with pytest.raises(
+        ValueError, match=r"the heads of q_proj from None channels a head and .* 12 output channels; pass target_"
+    ):
         LongAct(model)
     model.head_dim = 5
-    with pytest.raises(ValueError, match=r"head size of q_proj: got 5 for 12 output channels"):
+    with pytest.raises(ValueError, match=r"the heads of q_proj from 5 channels a head and .* 12 output channels"):
         LongAct(model)
 
 
