@@ -19,11 +19,11 @@ LAYERS = [
     {"saliency"},
     {"optim"},
     {"integrations"},
-    {"rl", "budgets", "tune"},
+    {"rl", "evaluation", "budgets", "tune"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-HEAVY = {"transformers", "trl", "accelerate", "datasets", "rich", "matplotlib", "yaml"}
+HEAVY = {"transformers", "trl", "accelerate", "datasets", "rich", "matplotlib", "yaml", "lm_eval"}
 
 
 def imports_of(path: Path) -> set[str]:
