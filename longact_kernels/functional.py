@@ -1,10 +1,10 @@
-"""Everything on plain tensors, usable with none of our classes: the kernels' ops, and the autograd function over them.
+"""Everything on plain tensors, usable with none of our classes: the kernels' ops, and autograd functions over them.
 
 Each op's docstring gives the equivalent torch code. `sparse_adamw_` and `carry_` change tensors in place, all others
-return new ones; only `salient_linear` is differentiable.
+return new ones; only `salient_linear` and `observe` are differentiable.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ __all__ = [
     "carry_",
     "channel_stats",
     "linear_stats",
+    "observe",
     "salient_linear",
     "salient_wgrad",
     "select",
     "sparse_adamw_",
 ]
+
+Axis = Literal["rows", "columns"]
 
 
 class RunningStats(NamedTuple):
@@ -46,36 +49,85 @@ class RunningStats(NamedTuple):
             self.sequences.add_((sumsq != 0).any(1).sum())
 
 
+class _Observe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, stats, mask, cu_seqlens, channels):
+        ctx.stats = stats
+        ctx.save_for_backward(*channel_stats(channels, mask, cu_seqlens, stats.l2_sum is not None))
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        ctx.stats.merge_(*ctx.saved_tensors)
+        return dy, None, None, None, None
+
+
+def observe(
+    y: Tensor,
+    stats: RunningStats,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """The identity, whose backward merges the statistics of `y` into running ones.
+
+    Args:
+        y, mask, cu_seqlens: as in `channel_stats`.
+        stats: running statistics, of the channels of `y`. They cover just the activations that a gradient came from,
+            each once, also under activation checkpointing.
+        channels: the values of `y` as [..., T, N], where `y` has another layout.
+
+    Returns:
+        `y`.
+    """
+    return _Observe.apply(y, stats, mask, cu_seqlens, (y if channels is None else channels).detach())
+
+
 class _SalientLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, stats, mask, cu_seqlens):
-        ctx.stats = stats
+    def forward(ctx, x, weight, bias, rows, stats, mask, cu_seqlens, axis, transposed, grad):
+        ctx.stats, ctx.axis, ctx.transposed, ctx.grad = stats, axis, transposed, grad
+        matrix = weight.t() if transposed else weight
+        measured: tuple[Tensor, ...] = ()
         if stats is None:
-            y = torch.nn.functional.linear(x, weight, bias)
-            ctx.save_for_backward(x, weight, rows)
+            y = torch.nn.functional.linear(x, matrix, bias)
+        elif axis == "rows":
+            y, absmax, sumsq = linear_stats(x, matrix, bias, mask, cu_seqlens, stats.l2_sum is not None)
+            measured = absmax, sumsq
         else:
-            y, absmax, sumsq = linear_stats(x, weight, bias, mask, cu_seqlens, stats.l2_sum is not None)
-            ctx.save_for_backward(x, weight, rows, absmax, sumsq)
+            y = torch.nn.functional.linear(x, matrix, bias)
+            measured = channel_stats(x, mask, cu_seqlens, stats.l2_sum is not None)
+        ctx.save_for_backward(x, weight, rows, *measured)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, rows, *new = ctx.saved_tensors
+        x, weight, rows, *measured = ctx.saved_tensors
         if ctx.stats is not None:
             # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient
             # comes from, would otherwise count as well.
-            ctx.stats.merge_(*new)
+            ctx.stats.merge_(*measured)
         dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = (dy2 @ weight).view(x.shape)
+            dx = (dy2 @ (weight.t() if ctx.transposed else weight)).view(x.shape)
         if ctx.needs_input_grad[1]:
-            # The whole gradient is written as autograd writes it for F.linear, so that it has the same bits.
-            dw = (x2.T @ dy2).T if rows is None else salient_wgrad(dy2, x2, rows)
+            # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
+            if rows is None:
+                dw = x2.T @ dy2 if ctx.transposed else (x2.T @ dy2).T
+            else:
+                # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
+                along: Axis = "columns" if (ctx.axis == "columns") != ctx.transposed else "rows"
+                left, right = (x2, dy2) if ctx.transposed else (dy2, x2)
+                if ctx.grad is None:
+                    dw = salient_wgrad(left, right, rows, along)
+                else:
+                    salient_wgrad(left, right, rows, along, compact=True, out=ctx.grad, accumulate=True)
         if ctx.needs_input_grad[2]:
             db = dy2.sum(0)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None, None
 
 
 def salient_linear(
@@ -86,8 +138,11 @@ def salient_linear(
     stats: RunningStats | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    axis: Axis = "rows",
+    transposed: bool = False,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """A linear projection whose weight gradient exists for the salient rows only.
+    """A linear projection whose weight gradient exists for the salient rows (or columns) only.
 
     Equivalent torch code::
 
@@ -104,12 +159,16 @@ def salient_linear(
         weight: [N, K].
         bias: [N] or None; its gradient is never masked.
         rows: int64 [S], ascending, the salient set; None for the whole gradient.
-        stats: running statistics that backward merges those of `y` into: they cover just the activations that a
-            gradient came from, each once, also under activation checkpointing.
+        stats: running statistics that backward merges those of `y` into (of `x` along columns): they cover just the
+            activations that a gradient came from, each once, also under activation checkpointing.
         mask: bool [..., T], True where a token counts in the statistics.
         cu_seqlens: int [B + 1], bounds of packed sequences for the statistics of a 2-D `y`.
+        axis: "rows", the set is one of output channels; "columns", one of input channels.
+        transposed: `weight` is stored [K, N], and so is its gradient; a row is still an output channel.
+        grad: fp32 accumulator of the salient channels' gradient alone, [S, K] ([N, S] along columns; each transposed if
+            the weight is): backward adds to it, and `weight` itself gets no gradient. Needs `rows`.
 
     Returns:
         y [..., T, N].
     """
-    return _SalientLinear.apply(x, weight, bias, rows, stats, mask, cu_seqlens)
+    return _SalientLinear.apply(x, weight, bias, rows, stats, mask, cu_seqlens, axis, transposed, grad)

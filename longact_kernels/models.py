@@ -1,16 +1,13 @@
 """Finding the query and key projections of a model, by the structure of its attention modules."""
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from longact_kernels.modules import SalientLinear
-
-LinearT = TypeVar("LinearT", bound=nn.Linear)
 
 
 class Head(NamedTuple):
@@ -42,17 +39,6 @@ class Projection(NamedTuple):
     heads: tuple[Head, ...]
     attention: str
     transposed: bool
-
-    @property
-    def linear(self) -> nn.Linear:
-        assert isinstance(self.module, nn.Linear)
-        return self.module
-
-    @property
-    def head_dim(self) -> int:
-        if self.transposed or len(set(self.heads)) != 1:
-            raise ValueError(f"model: {self.name} holds more than queries or keys of one size")
-        return self.heads[0].size
 
 
 class _Attention:
@@ -384,30 +370,3 @@ def _nothing_found(model: nn.Module, target_modules: TargetModules | None) -> st
             f"other usual names, {saw}; name them with target_modules=[...]"
         )
     return f"target_modules: got {target_modules!r}, which matches no layer of {type(model).__name__}; {saw}"
-
-
-def replace_linear(model: nn.Module, name: str, cls: type[LinearT]) -> LinearT:
-    """Puts a `cls` with the very same parameter objects in the place of the linear layer `name`, and returns it."""
-    old = model.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    new = cls(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-    new.weight, new.bias = old.weight, old.bias
-    new.train(old.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-    return new
-
-
-def token_models(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that are called with tokens and their padding mask: a language model and what it wraps."""
-    for module in model.modules():
-        parameters = inspect.signature(module.forward).parameters
-        if "input_ids" in parameters and "attention_mask" in parameters:
-            yield module
-
-
-def token_mask(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """The bool [B, T] token mask in a call of one of `token_models`, or None where the call has none."""
-    call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    mask = call.get("attention_mask", call.get("kwargs", {}).get("attention_mask"))
-    return mask != 0 if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None

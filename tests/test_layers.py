@@ -16,6 +16,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"models"},
+    {"selection", "sites", "tokens"},
     {"saliency"},
     {"optim"},
     {"integrations"},

@@ -5,22 +5,22 @@ import torch
 from conftest import tiny_model
 
 from longact_kernels import LongAct
-from longact_kernels.models import find_projections, token_mask, token_models
+from longact_kernels.models import find_projections
 
 
 def test_finds_every_projection_with_its_head_size(model):
     found = find_projections(model)
     names = [f"model.layers.{i}.self_attn.{which}_proj" for i in (0, 1) for which in "qk"]
     assert [projection.name for projection in found] == names
-    assert {projection.head_dim for projection in found} == {10}
-    assert all(projection.linear is model.get_submodule(projection.name) for projection in found)
+    assert {head.size for projection in found for head in projection.heads} == {10}
+    assert all(projection.module is model.get_submodule(projection.name) for projection in found)
 
 
 def test_head_size_from_the_config_alone():
     model = tiny_model(head_dim=None)
     for layer in model.model.layers:
         del layer.self_attn.head_dim
-    assert {projection.head_dim for projection in find_projections(model)} == {32 // 4}
+    assert {head.size for projection in find_projections(model) for head in projection.heads} == {32 // 4}
 
 
 def test_no_projections_names_what_was_looked_for_and_what_is_there():
@@ -63,15 +63,3 @@ def test_unknown_head_size_is_an_error_that_says_where_it_is_looked_for():
     model.head_dim = 5
     with pytest.raises(ValueError, match=r"the heads of q_proj from 5 channels a head and .* 12 output channels"):
         LongAct(model)
-
-
-def test_token_mask_by_position_and_by_name():
-    model = tiny_model()
-    outer, inner = token_models(model)
-    assert outer is model and inner is model.model
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert torch.equal(token_mask(outer, (ids, mask), {}), mask.bool())
-    assert torch.equal(token_mask(outer, (), {"input_ids": ids, "attention_mask": mask}), mask.bool())
-    assert token_mask(outer, (ids,), {}) is None
-    assert token_mask(outer, (ids,), {"attention_mask": torch.zeros(2, 1, 3, 3)}) is None

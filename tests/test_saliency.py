@@ -356,7 +356,11 @@ def test_a_step_without_statistics_says_what_to_do():
         {"density": 1.5},
         {"density": -1},
         {"statistic": "l1"},
-        {"scope": "model"},
+        {"scope": "token"},
+        {"axis": "diagonal"},
+        {"site": "value"},
+        {"grad": "sparse"},
+        {"threshold": -1.0},
         {"selection": "next"},
         {"refresh_every": 0},
         {"ema": 1.0},
@@ -378,7 +382,8 @@ def test_moving_the_model_takes_the_statistics_along():
     longact = LongAct(model)
     backward(model, tokens())
     longact.mask_gradients()
-    stats = longact.stats_on(longact.layers["model.layers.0.self_attn.q_proj"].salient, torch.device("meta"))
+    salient = longact.layers["model.layers.0.self_attn.q_proj"].salient
+    stats = longact.stats_on(salient, salient.segment, torch.device("meta"))
     assert stats.absmax.device.type == "meta"
     assert all(layer.salient.rows.device.type == "meta" for layer in longact.layers.values())
 

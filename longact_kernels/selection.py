@@ -1,0 +1,154 @@
+"""Which channels compete with one another, and which of them a saliency makes salient, in sets of fixed sizes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longact_kernels import ops
+
+Scope = Literal["head", "layer", "model"]
+Strategy = Literal["top", "random", "bottom", "threshold"]
+
+Run = tuple[int, str | None]
+"""Neighbouring channels of one head: how many, and what they compete with (None: always in the set)."""
+
+
+def share(density: float, channels: int) -> int:
+    """How many of so many channels are salient: at least one."""
+    return max(1, int(density * channels + 0.5))
+
+
+class Selection:
+    """Chooses the salient sets of all layers from their saliency, in one go.
+
+    Sets have fixed sizes, so that nothing is read on the host. Where a layer takes fewer channels than its size (scope
+    "model", strategy "threshold"), the places left over hold -1, before the others.
+
+    Args:
+        layers: for each layer its channels in their order, as runs: the heads.
+        density: share of the channels that are salient.
+        scope: what channels compete with: those of their "head", all of their kind in the "layer", or those of the
+            whole "model"; of the latter, a layer takes up to twice its share.
+        strategy: "top" takes the largest saliency, "bottom" the smallest, "random" any; "threshold" those of "top"
+            above `threshold` times the mean of their kind in the layer.
+        threshold: see there.
+        seed: of strategy "random", on the CPU: the same numbers everywhere.
+        partners: for each layer, each channel's partner (the two channels of a rotary pair enter and leave the set
+            together, by the larger of their saliencies), or None. Sets then hold half as many pairs.
+
+    Attributes:
+        sizes: of every layer's set.
+    """
+
+    def __init__(
+        self,
+        layers: list[list[Run]],
+        density: float,
+        scope: Scope,
+        strategy: Strategy,
+        threshold: float,
+        seed: int,
+        partners: list[Tensor] | None = None,
+    ):
+        self.strategy, self.threshold, self.seed = strategy, threshold, seed
+        self.width = 1 if partners is None else 2
+        within = min(1.0, 2 * density) if scope == "model" else density
+        channels: list[int] = []  # that compete, in an order that puts competitors side by side
+        dense: list[int] = []
+        bottom: list[int] = []  # what an empty slot holds, one for each channel
+        self.groups: list[int] = []
+        self.counts: list[int] = []
+        kinds: list[int] = []  # how many units each kind of each layer has
+        self.sizes: list[int] = []
+        self.starts: list[int] = []
+        start = 0
+        for layer, runs in enumerate(layers):
+            self.starts.append(start)
+            bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in runs), initial=start)))
+            before = len(dense), sum(self.counts)
+            for kind in sorted({kind for _, kind in runs if kind is not None}):
+                heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, runs, strict=True) if of == kind]
+                if partners is not None:
+                    heads = [_paired(head, partners[layer], start) for head in heads]
+                if scope != "head":
+                    heads = [[channel for head in heads for channel in head]]
+                for head in heads:
+                    channels += head
+                    self.groups.append(len(head) // self.width)
+                    self.counts.append(share(within, len(head) // self.width))
+                kinds.append(sum(map(len, heads)) // self.width)
+            dense += [
+                channel
+                for bound, (_, kind) in zip(bounds, runs, strict=True)
+                if kind is None
+                for channel in range(*bound)
+            ]
+            end = bounds[-1][1]
+            self.sizes.append(len(dense) - before[0] + self.width * (sum(self.counts) - before[1]))
+            bottom += [start - 1] * (end - start)
+            start = end
+        # Sets leave `select` in order where the channels do.
+        self.ordered = channels == sorted(channels) and not dense
+        self.whole = channels == list(range(start))
+        self.keep = share(density, len(channels) // self.width) if scope == "model" else None
+        self._tables = tuple(torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds))
+
+    def __call__(self, saliency: Tensor, step: int) -> list[Tensor]:
+        """The set of every layer, int64, from the saliency of all layers' channels, one after the other.
+
+        Args:
+            saliency: fp32 [channels of all layers].
+            step: of the optimizer; strategy "random" draws anew at each.
+        """
+        device = saliency.device
+        if self._tables[0].device != device:
+            self._tables = tuple(table.to(device) for table in self._tables)
+        channels, dense, bottom, _ = self._tables
+        units = saliency if self.whole else saliency[channels]
+        if self.width == 2:
+            units = units.view(-1, 2).amax(1)
+        rank = self._rank(units, step)
+        chosen = ops.select(rank, self.groups, self.counts)
+        kept = self._kept(units, rank, chosen)
+        if self.width == 2:
+            chosen = torch.stack((2 * chosen, 2 * chosen + 1), 1).flatten()
+            kept = None if kept is None else kept.repeat_interleave(2, output_size=len(chosen))
+        rows = chosen if self.whole else channels[chosen]
+        if kept is not None:
+            rows = torch.where(kept, rows, bottom[rows])
+        if not self.ordered or kept is not None:
+            rows = torch.cat((rows, dense)).sort().values
+        return [part - start for part, start in zip(rows.split(self.sizes), self.starts, strict=True)]
+
+    def _rank(self, units: Tensor, step: int) -> Tensor:
+        """What the strategy chooses the largest of."""
+        if self.strategy == "random":
+            return torch.rand(len(units), generator=torch.Generator().manual_seed(self.seed + step)).to(units.device)
+        return -units if self.strategy == "bottom" else units
+
+    def _kept(self, units: Tensor, rank: Tensor, chosen: Tensor) -> Tensor | None:
+        """Which of the chosen are salient after all; None for all of them."""
+        kept = None
+        if self.keep is not None and self.keep < len(chosen):
+            kept = torch.zeros_like(chosen, dtype=torch.bool)
+            kept[ops.select(rank[chosen], len(chosen), self.keep)] = True
+        if self.strategy == "threshold":
+            kinds = self._tables[3]
+            means = torch.segment_reduce(units, "mean", lengths=kinds)
+            above = units > self.threshold * means.repeat_interleave(kinds, output_size=len(units))
+            kept = above[chosen] if kept is None else kept & above[chosen]
+        return kept
+
+
+def _paired(head: list[int], partners: Tensor, start: int) -> list[int]:
+    """The channels of a head, those of a pair side by side."""
+    ordered = []
+    for channel in head:
+        partner = start + int(partners[channel - start])
+        if channel < partner:
+            ordered += [channel, partner]
+    return ordered

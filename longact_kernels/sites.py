@@ -1,0 +1,106 @@
+"""Statistics of queries and keys as they are after normalisation, or as attention sees them."""
+
+import copy
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Site = Literal["projection", "norm", "rope"]
+_NAME = "longact"
+
+
+class Record(Protocol):
+    """Takes a query or key and the same values as [B, T, channels]; returns the query or key.
+
+    An object and no closure, so that a model's copy has its own.
+    """
+
+    heads: int
+
+    def __call__(self, y: Tensor, channels: Tensor) -> Tensor: ...
+
+
+def tap_norm(attention: nn.Module, path: str, records: Mapping[str, Record]) -> list[Callable[[], None]]:
+    """Records what an attention module's query and key norms put out; returns what undoes it.
+
+    Args:
+        attention, path: the module, and its name.
+        records: what records, for "q" and "k".
+
+    Raises:
+        ValueError: if there is no such norm.
+    """
+    undo = []
+    for kind, record in records.items():
+        names = f"{kind}_norm", f"{kind}_layernorm"
+        norm = next((m for name in names if isinstance(m := getattr(attention, name, None), nn.Module)), None)
+        if norm is None:
+            raise ValueError(
+                f"site: 'norm' needs a {' or '.join(names)} in {path}, a {type(attention).__name__}, which has "
+                "neither; use site='projection'"
+            )
+        undo.append(norm.register_forward_hook(partial(_record_norm, record)).remove)
+    return undo
+
+
+def _record_norm(record: Record, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    return record(out, out if out.ndim == 3 else _by_token(out, record.heads)) if module.training else out
+
+
+def _by_token(y: Tensor, heads: int) -> Tensor:
+    """[B, T, heads, channels] or [B, heads, T, channels] as [B, T, heads · channels]."""
+    # With as many heads as tokens, strides tell: heads lie next to one another in what a projection put out.
+    heads_first = y.shape[1] == heads and (y.shape[2] != heads or y.stride(1) < y.stride(2))
+    return (y.transpose(1, 2) if heads_first else y).flatten(2)
+
+
+def tap_rope(attention: nn.Module, path: str, records: Mapping[str, Record]) -> list[Callable[[], None]]:
+    """Records the queries and keys that an attention module hands to its attention function; returns what undoes it.
+
+    The module looks that function up in transformers' attention registry, by a name in its config: it gets a config of
+    its own that names ours, which records and goes on to the one before.
+
+    Args:
+        attention, path: the module, and its name.
+        records: what records, for "q" and "k".
+
+    Raises:
+        ValueError: if the module does not use the registry.
+    """
+    modelling = sys.modules[type(attention).__module__]
+    registry = getattr(modelling, "ALL_ATTENTION_FUNCTIONS", None)
+    config: Any = getattr(attention, "config", None)
+    if registry is None or config is None:
+        raise ValueError(
+            f"site: 'rope' needs attention that takes its function from transformers' registry; {path}, a "
+            f"{type(attention).__name__}, does not; use site='projection'"
+        )
+    registry[_NAME] = _recorded_attention
+    own = copy.copy(config)
+    own._attn_implementation_internal = _NAME
+    attention.config = own  # type: ignore[assignment]
+    attention._longact = config, records  # type: ignore[assignment]
+
+    return [partial(_restore_config, attention)]
+
+
+def _restore_config(attention: Any) -> None:
+    attention.config, _ = attention._longact
+    del attention._longact
+
+
+def _recorded_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    config, records = module._longact
+    if module.training:
+        query, key = (
+            records[kind](states, states.transpose(1, 2).flatten(2)) if kind in records else states
+            for kind, states in (("q", query), ("k", key))
+        )
+    modelling = sys.modules[type(module).__module__]
+    attend = modelling.ALL_ATTENTION_FUNCTIONS.get_interface(
+        config._attn_implementation, getattr(modelling, "eager_attention_forward", None)
+    )
+    return attend(module, query, key, value, *args, **kwargs)
