@@ -1,10 +1,12 @@
 """The CPU weight gradient of the salient channels against fp64 and the reference."""
 
+import pytest
 import torch
 from cpu_forms import relaxed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longact_kernels import ops
 from longact_kernels.cpu.salient_wgrad import salient_wgrad
 from longact_kernels.reference.salient_wgrad import salient_wgrad as reference
 
@@ -53,3 +55,9 @@ def test_channels_outside_the_set_are_zero():
     dw = salient_wgrad(dy, x, rows)
     outside = [i for i in range(20) if i not in rows.tolist()]
     assert dw[outside].count_nonzero() == 0 and dw[rows].count_nonzero() == dw[rows].numel()
+
+
+@pytest.mark.parametrize(("rows", "got"), [([3, 8], "3 to 8"), ([3, -1], "-1 to -1")])
+def test_a_channel_that_is_not_there_is_an_error(rows, got):
+    with pytest.raises(IndexError, match=f"rows: got channels from {got}, needed them in 0 .. 7"):
+        ops.salient_wgrad(torch.randn(5, 8), torch.randn(5, 4), torch.tensor(rows))

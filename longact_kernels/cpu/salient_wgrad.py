@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-# Tokens packed at a time: their salient channels are transposed while they are in the cache.
+from longact_kernels.cpu import native
+
+# Tokens that the ATen form packs at a time: their salient channels are taken while they are in the cache.
 _CHUNK = 256
 
 
@@ -21,8 +23,16 @@ def salient_wgrad(
     salient, other = (dy, x) if along_rows else (x, dy)
     empty = int((rows < 0).sum())
     slots, rows = len(rows), rows[empty:]
-    # MKL's fp32 product runs as fast on a transposed view; oneDNN's 16-bit one takes twice as long.
-    packed = salient.index_select(1, rows).t() if dy.dtype == torch.float32 else _pack(salient, rows)
+    channels = salient.shape[1]
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < channels:
+        raise IndexError(f"rows: got channels from {rows.min()} to {rows.max()}, needed them in 0 .. {channels - 1}")
+    if native.available():
+        packed = _pack(salient, rows)
+    elif dy.dtype == torch.float32:
+        # MKL's product runs as fast on a transposed view, oneDNN's 16-bit one does not.
+        packed = salient.index_select(1, rows).t()
+    else:
+        packed = _pack_aten(salient, rows)
     # In 16 bits it is rounded to them, as ATen's product is: that of a micro-batch before it is added up in fp32.
     dw = packed @ other
     if out is None:
@@ -45,8 +55,26 @@ def salient_wgrad(
 
 def _pack(source: Tensor, channels: Tensor) -> Tensor:
     """`source[:, channels].T`, contiguous: the layout in which the product runs at full speed."""
+    from longact_kernels.cpu.native.salient_wgrad import TOKENS, pack
+
+    source = source if source.stride(1) == 1 else source.contiguous()
+    channels = channels.contiguous()
+    packed = source.new_empty(len(channels), len(source))
+    native.run(
+        pack,
+        -(-len(source) // TOKENS),
+        [
+            source.data_ptr(), source.element_size(), source.stride(0), len(source),
+            channels.data_ptr(), len(channels), packed.data_ptr(),
+        ],
+    )  # fmt: skip
+    return packed
+
+
+def _pack_aten(source: Tensor, channels: Tensor) -> Tensor:
+    """As `_pack`, in ATen operations on blocks that fit the cache."""
     packed = source.new_empty(len(channels), len(source))
     for first in range(0, len(source), _CHUNK):
         tokens = slice(first, first + _CHUNK)
-        packed[:, tokens] = source[tokens].index_select(1, channels).t()
+        packed[:, tokens] = source[tokens].t().index_select(0, channels)
     return packed
