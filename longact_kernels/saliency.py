@@ -355,13 +355,33 @@ class LongAct:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
 
+        A second call does nothing. What resuming needs goes into the optimizer's state dict, as `longact` in its first
+        group. A deep copy or a pickle of a stock optimizer leaves its hooks behind: attach the copy's controller to it.
+
         Raises:
-            ValueError: with `grad="compact"`, which a stock optimizer does not see.
+            ValueError: with `grad="compact"`, which a stock optimizer does not see; or for a loaded state dict that was
+                saved with sets of other sizes.
         """
         if self.grad == "compact":
             raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
+        if getattr(optimizer, "_longact", None) is self:
+            return
+        optimizer._longact = self  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(lambda *_: self.mask_gradients())
         optimizer.register_step_post_hook(lambda *_: self.advance())
+        optimizer.register_state_dict_post_hook(self._save_beside)
+        optimizer.register_load_state_dict_post_hook(self._load_beside)
+        self._load_beside(optimizer)  # what was loaded before
+
+    def _save_beside(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        saved["param_groups"][0]["longact"] = {s.name: self.state_for(s) for s in self._salient()}
+
+    def _load_beside(self, optimizer: torch.optim.Optimizer) -> None:
+        saved = optimizer.param_groups[0].pop("longact", None) or {}
+        for salient in self._salient() if saved else ():
+            self.check_state_for(salient, saved.get(salient.name, {}))
+        for salient in self._salient() if saved else ():
+            self.load_state_for(salient, saved[salient.name])
 
     # Compact gradients
 

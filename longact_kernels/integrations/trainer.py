@@ -1,0 +1,144 @@
+"""LongAct in transformers' `Trainer` and those built on it: by a callback, or by a mixin that also clips right."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainingArguments
+
+from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.optim import State
+
+
+class LongActCallback(TrainerCallback):
+    """Connects a controller with a `Trainer`, `SFTTrainer` or `GRPOTrainer`.
+
+    It attaches the controller to a stock optimizer: the paper's literal form. `SalientAdamW`, passed as
+    `optimizers=(SalientAdamW(...), None)` or `optimizer_cls_and_kwargs=(SalientAdamW, {...})`, needs no attaching. Logs
+    of the loss get the layers' mean `churn`.
+
+    The Trainer clips gradients before it calls any callback. So where the set is chosen after backward (in a first
+    step, and with `selection="current"`), the norm that it clips by is that of the unmasked gradients; and reporters
+    (`report_to`) have seen a log before the churn is in it. `LongActTrainerMixin` has neither limit.
+
+    Args:
+        longact: the controller.
+        restore: make plain layers of the salient ones when training ends.
+    """
+
+    def __init__(self, longact: LongAct, restore: bool = False):
+        self.longact = longact
+        self.restore = restore
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        check(self.longact, args)
+        if self.longact.grad == "compact" and args.max_grad_norm:
+            raise ValueError(
+                "grad: the Trainer's gradient clipping does not see compact gradients; use LongActTrainerMixin, "
+                "max_grad_norm=0, or LongAct(grad='full')"
+            )
+        attach(self.longact, optimizer)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            logs |= mean_churn(self.longact)
+            state.log_history[-1] |= mean_churn(self.longact)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.restore:
+            self.longact.restore()
+
+
+class LongActTrainerMixin:
+    """Makes a `Trainer` one that trains with LongAct: `class Sparse(LongActTrainerMixin, SFTTrainer): ...`.
+
+    The optimizer is `SalientAdamW`, unless one is passed, with the learning rate, betas, eps and decay groups of the
+    training arguments. Gradients are masked before they are clipped, and compact ones clipped along. Logs of the loss,
+    also those that reporters get, have the layers' mean `churn`.
+
+    Args:
+        longact: the controller of the model's salient sets; `None` trains densely with the same optimizer.
+        optimizer_state: `state` of `SalientAdamW`.
+        args, kwargs: of the trainer.
+
+    Raises:
+        ValueError: `args.optim` asks for another optimizer, or something does not go with `longact`.
+    """
+
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    args: TrainingArguments
+
+    def __init__(self, *args, longact: LongAct | None, optimizer_state: State = "full", **kwargs):
+        self.longact = longact
+        self.optimizer_state = optimizer_state
+        super().__init__(*args, **kwargs)
+        if longact is not None:
+            check(longact, self.args)
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if not given and self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"optim: got {self.args.optim.value!r}, but the optimizer is SalientAdamW; needed adamw_torch_fused or "
+                "adamw_torch, or the optimizer itself in optimizers=(..., None)"
+            )
+
+    def create_optimizer(self, model=None) -> Optimizer:
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            options = {
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+                "longact": self.longact,
+                "state": self.optimizer_state,
+                "fused": self.args.optim == "adamw_torch_fused",
+            }
+            self.optimizer_cls_and_kwargs = SalientAdamW, options
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.longact is not None:
+            attach(self.longact, optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        # The norm that clipping sees must be that of the update: rows outside the salient sets do not count.
+        if self.longact is None:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        if self.longact.grad == "compact":
+            return self.longact.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.longact.mask_gradients()
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.longact is not None and "loss" in logs:
+            logs |= mean_churn(self.longact)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def check(longact: LongAct, args: TrainingArguments) -> None:
+    """Whether a controller goes with a Trainer's arguments.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu: got {args.n_gpu} GPUs in one process (DataParallel), needed one process a GPU; use torchrun "
+            "or accelerate launch"
+        )
+    if longact.grad == "compact" and args.fp16:
+        raise ValueError(
+            "grad: the Trainer unscales fp16 gradients where compact ones are not seen; use bf16=True, or "
+            "LongAct(grad='full')"
+        )
+
+
+def mean_churn(longact: LongAct) -> dict[str, float]:
+    """The mean churn over the layers, for a log; nothing before there are two sets."""
+    churn = longact.churn
+    return {"churn": sum(churn.values()) / len(churn)} if churn else {}
+
+
+def attach(longact: LongAct, optimizer: Any) -> None:
+    """Attaches a controller to an optimizer, in whatever wrappers of accelerate it is, unless it is `SalientAdamW`."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, SalientAdamW):
+        longact.attach(optimizer)
