@@ -20,7 +20,7 @@ LAYERS = [
     {"saliency"},
     {"optim"},
     {"integrations"},
-    {"rl", "evaluation", "budgets", "tune"},
+    {"rl", "evaluation", "analysis", "budgets", "tune"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
