@@ -189,8 +189,9 @@ LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
 Ranges = Iterable[tuple[int, int, int]]
 TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
 
-CROSS_ATTENTION = re.compile(
-    r"(^|\.)(cross_?att(n|ention)\w*|encoder_att(n|ention)|enc_?dec_?att(n|ention))(\.|$)", re.I
+# Parts of a language model whose queries or keys are not its text's.
+ELSEWHERE = re.compile(
+    r"cross_?att(n|ention)|encoder_att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech", re.I
 )
 
 
@@ -269,19 +270,15 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
 
 
 def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the language model in `model`, but for cross-attention."""
+    """The modules of the language model in `model`, but for its cross-attention and the towers beside it."""
     get_decoder: Any = getattr(model, "get_decoder", None)
-    text = get_decoder() if callable(get_decoder) else model
-    if not any(module is text for module in model.modules()):
-        text = model
-    prefix = next(name for name, module in model.named_modules() if module is text)
-    towers: list[str] = []
+    decoder = get_decoder() if callable(get_decoder) else model
+    # Some models call their last linear layer the decoder.
+    prefix = next((name for name, module in model.named_modules() if module is decoder and any(module.children())), "")
+    text = model.get_submodule(prefix)
     for inner, module in text.named_modules():
-        name = ".".join(part for part in (prefix, inner) if part)
-        if module is not text and "input_ids" not in getattr(module, "main_input_name", "input_ids"):
-            towers.append(f"{name}.")
-        if not f"{name}.".startswith(tuple(towers)) and not CROSS_ATTENTION.search(inner):
-            yield name, module
+        if not ELSEWHERE.search(inner):
+            yield ".".join(part for part in (prefix, inner) if part), module
 
 
 def _is_recurrence(attention: nn.Module) -> bool:
