@@ -25,7 +25,7 @@ def magnitudes(stats: Statistics, parts: list[Part]) -> Figure:
     for axes, (kind, statistic) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         mine = [(part, span) for part, span in zip(parts, bounds(parts), strict=True) if part.kind == kind]
         widest = max((part for part, _ in mine), key=lambda part: len(part.rows))
-        values = np.full((len(mine), len(widest.index)), np.nan, dtype=np.float32)
+        values = np.full((len(mine), len(widest.rows)), np.nan, dtype=np.float32)
         for row, (_, (start, end)) in zip(values, mine, strict=True):
             row[: end - start] = getattr(stats, statistic)[start:end].numpy()
         low, high = np.nanpercentile(values, [0.5, 99.5]).clip(1e-6)
@@ -135,8 +135,8 @@ def perturbation(results: dict) -> Figure:
     for place, mean, arms in zip(places, means, groups.values(), strict=True):
         if len(arms) > 1:
             above.plot([arm["perplexity"] for arm in arms], [place] * len(arms), "o", ms=4, color="0.15")
-        highest = max(mean, *(arm["perplexity"] for arm in arms)) if len(arms) > 1 else mean
-        above.text(1.15 * highest, place, f"{mean:,.0f}", va="center")
+        highest = max(arm["perplexity"] for arm in arms)
+        above.text(1.15 * highest, place, f"{mean:,.0f}" if len(arms) == 1 else f"mean {mean:,.0f}", va="center")
     above.set(xscale="log", xlabel="perplexity (log; lower is better)")
     above.set_xlim(1, 6 * max(means))
 
