@@ -167,7 +167,8 @@ class SalientAdamW(Optimizer):
                     "or use LongAct(grad='full')"
                 )
             for grads in compact:
-                found_inf = found_inf + (~grads.isfinite().all()).to(found_inf)
+                # Never above 1, which is all that torch's fused AdamW looks for.
+                found_inf = torch.maximum(found_inf, (~grads.isfinite().all()).to(found_inf))
         return grad_scale, found_inf
 
     def _has_master(self, p: Tensor) -> bool:

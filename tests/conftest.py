@@ -30,7 +30,7 @@ def tiny_model(family: str = "Llama", **changes) -> torch.nn.Module:
         **{**SHAPE, "head_dim": 10, "attn_implementation": "eager", **changes}
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         # Biases start at zero, where a mistake in them would not show.
         torch.nn.init.normal_(p, std=0.2)

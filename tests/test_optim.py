@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -305,3 +306,110 @@ def test_param_groups_schedulers_and_closures():
             scheduler.step()
         runs.append((losses, [p.detach() for p in params]))
     assert all(torch.equal(a, b) for part in (0, 1) for a, b in zip(runs[0][part], runs[1][part], strict=True))
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_goes_on_from_a_checkpoint_of_torch_adamw(family, state):
+    """With every row in the set, SalientAdamW continues what torch.optim.AdamW began, and the other way round."""
+    trained = []
+    for switch in (None, 3, 6):
+        model = tiny_model(family)
+        optimizer = torch.optim.AdamW(model.parameters(), **HYPER)
+        for step in range(9):
+            if step == switch:
+                saved, longact = reloaded(optimizer), LongAct(model, density=1.0)
+                optimizer = SalientAdamW(model.parameters(), longact=longact, state=state)
+                optimizer.load_state_dict(saved)
+                assert optimizer.param_groups[0]["betas"] == HYPER["betas"]
+                assert "amsgrad" not in optimizer.param_groups[0]
+            if switch == 3 and step == 6:
+                saved = optimizer.adamw_state_dict()
+                longact.restore()
+                optimizer = torch.optim.AdamW(model.parameters())
+                optimizer.load_state_dict(saved)
+            backward(model, tokens(seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(list(model.parameters()))
+    for other in trained[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(trained[0], other, strict=True))
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_the_set_starts_with_the_moments_of_torch_adamw(state):
+    model = tiny_model()
+    stock = torch.optim.AdamW(model.parameters(), **HYPER)
+    for step in range(3):
+        backward(model, tokens(seed=step))
+        stock.step()
+        stock.zero_grad()
+    longact = LongAct(model)
+    optimizer = SalientAdamW(model.parameters(), longact=longact, state=state)
+    optimizer.load_state_dict(reloaded(stock))
+    twin = copy.deepcopy(model)
+    weights = {name: layer.weight.detach().clone() for name, layer in longact.layers.items()}
+    backward(model, tokens(seed=3))
+    grads = {name: layer.weight.grad.clone() for name, layer in longact.layers.items()}
+    longact.mask_gradients()
+    rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
+    optimizer.step()
+    for name, p in twin.named_parameters():
+        p.grad = grads.get(name.removesuffix(".weight"), model.get_parameter(name).grad)
+    other = torch.optim.AdamW(twin.parameters())
+    other.load_state_dict(reloaded(stock))
+    other.step()
+    for name, before in weights.items():
+        after, dense = longact.layers[name].weight, twin.get_parameter(f"{name}.weight")
+        torch.testing.assert_close(after[rows[name]], dense[rows[name]], rtol=1e-6, atol=1e-8)
+        outside = [i for i in range(len(after)) if i not in rows[name].tolist()]
+        assert torch.equal(after[outside], before[outside])
+
+
+def test_export_keeps_what_each_row_would_do_next():
+    """Rows of several ages: the next step by torch's AdamW is the one that each row's own step count would give."""
+    model, longact = salient_model()
+    optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact)
+    for step in range(5):
+        backward(model, tokens(seed=step))
+        optimizer.step()
+        optimizer.zero_grad()
+    layer = longact.layers["model.layers.0.self_attn.q_proj"]
+    state = optimizer.state[layer.weight]
+    assert len(set(state["step"].tolist())) > 2
+    exported = optimizer.adamw_state_dict()
+    ids = [p for group in exported["param_groups"] for p in group["params"]]
+    own = exported["state"][ids[[p is layer.weight for p in model.parameters()].index(True)]]
+    beta1, beta2 = HYPER["betas"]
+    tau, common = state["step"].double().unsqueeze(1), own["step"].double()
+    assert common == tau.max()
+    for name, beta in (("exp_avg", beta1), ("exp_avg_sq", beta2)):
+        corrected = state[name].double() / (1 - beta**tau).where(tau > 0, torch.ones(()))
+        torch.testing.assert_close(own[name].double() / (1 - beta**common), corrected, rtol=1e-6, atol=0)
+    torch.optim.AdamW(model.parameters()).load_state_dict(exported)
+
+
+def test_a_restored_weight_is_not_stepped_with_the_state_of_its_rows():
+    model, longact = salient_model()
+    optimizer = SalientAdamW(model.parameters(), longact=longact)
+    backward(model, tokens())
+    optimizer.step()
+    longact.restore()
+    with pytest.raises(RuntimeError, match=r"stepped as a salient one .*adamw_state_dict"):
+        optimizer.step()
+
+
+def test_amsgrad_checkpoints_are_refused():
+    model = tiny_model()
+    stock = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    backward(model, tokens())
+    stock.step()
+    with pytest.raises(ValueError, match=r"^load_state_dict: saved with amsgrad=True"):
+        SalientAdamW(model.parameters(), longact=LongAct(model)).load_state_dict(reloaded(stock))
+
+
+def test_copies_and_pickles_keep_their_options():
+    model, longact = salient_model()
+    optimizer = SalientAdamW(model.parameters(), longact=longact, state="compact", moments=torch.bfloat16)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (twin.compact, twin.moments, twin.master_weights) == (True, torch.bfloat16, True)

@@ -1,0 +1,113 @@
+"""Gradients kept as accumulators of the salient channels alone, against whole gradients."""
+
+import copy
+
+import pytest
+import torch
+from conftest import backward, tiny_model, tokens
+
+from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.functional import salient_linear
+
+# A large eps: the gradient of a key's bias is 0 but for rounding, which would otherwise be scaled up to full steps.
+HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_accumulator_holds_the_salient_part_of_the_gradient(axis, transposed):
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 7, 10), torch.randn(2, 7, 12)
+    weight = torch.randn(10, 12) if transposed else torch.randn(12, 10)
+    channels = torch.tensor([0, 3, 9])
+    dim = int((axis == "columns") != transposed)
+    results = []
+    for rows, compact in ((None, False), (channels, False), (channels, True)):
+        leaf, inputs = weight.clone().requires_grad_(), x.clone().requires_grad_()
+        shape = list(weight.shape)
+        shape[dim] = 3
+        grad = torch.ones(shape) if compact else None
+        y = salient_linear(inputs, leaf, None, rows, axis=axis, transposed=transposed, grad=grad)
+        y.backward(dy)
+        results.append((y.detach(), inputs.grad, leaf.grad, grad))
+    (y, dx, dense, _), (y1, dx1, sparse, _), (y2, dx2, none, accumulated) = results
+    assert torch.equal(y, y1) and torch.equal(y, y2) and torch.equal(dx, dx1) and torch.equal(dx, dx2)
+    assert torch.equal(y, x @ (weight if transposed else weight.t()))
+    torch.testing.assert_close(sparse.index_select(dim, channels), dense.index_select(dim, channels))
+    assert sparse.count_nonzero() == sparse.index_select(dim, channels).count_nonzero()
+    assert none is None
+    torch.testing.assert_close(accumulated, 1 + dense.index_select(dim, channels))
+
+
+def trained(grad: str, state: str, axis: str = "rows", steps: int = 5, clip: bool = True, pieces: int = 2):
+    model = tiny_model("GPT2", n_head=4, n_embd=32, n_layer=2) if axis == "conv" else tiny_model()
+    longact = LongAct(model, grad=grad, axis="rows" if axis == "conv" else axis)
+    optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact, state=state)
+    norms = []
+    for step in range(steps):
+        for piece in tokens(4, seed=step).chunk(pieces):
+            backward(model, piece)
+        if clip:
+            norms.append(longact.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, longact, norms
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns", "conv"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_training_is_that_of_whole_gradients(state, axis):
+    (full, sets, norms), (compact, sets_too, norms_too) = (trained(grad, state, axis) for grad in ("full", "compact"))
+    torch.testing.assert_close(norms, norms_too)
+    for (name, p), q in zip(full.named_parameters(), compact.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for name, layer in sets.layers.items():
+        assert torch.equal(layer.salient.rows, sets_too.layers[name].salient.rows)
+
+
+def test_weights_get_no_gradient_of_their_own_after_the_first_step():
+    model, longact, _ = trained("compact", "compact", steps=1)
+    backward(model, tokens())
+    for layer in longact.layers.values():
+        assert layer.weight.grad is None
+        assert layer.salient.grad.shape == (len(layer.salient.rows), layer.in_features)
+        assert layer.salient.grad.any(1).all()
+
+
+def test_clipping_is_that_of_torch_over_the_same_gradients():
+    model, longact, _ = trained("compact", "full", steps=1)
+    twin = copy.deepcopy(model)
+    backward(model, tokens())
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    gradients += [layer.salient.grad.clone() for layer in longact.layers.values()]
+    leaves = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in gradients]
+    for leaf, grad in zip(leaves, gradients, strict=True):
+        leaf.grad = grad
+    expected = torch.nn.utils.clip_grad_norm_(leaves, 0.5)
+    torch.testing.assert_close(longact.clip_grad_norm_(model.parameters(), 0.5), expected)
+    clipped = [p.grad for p in model.parameters() if p.grad is not None]
+    clipped += [layer.salient.grad for layer in longact.layers.values()]
+    torch.testing.assert_close(clipped, [leaf.grad for leaf in leaves])
+    # With whole gradients it is torch's own, after masking.
+    other = next(m for m in twin.modules() if hasattr(m, "salient")).salient.owner
+    other.restore()
+    whole = LongAct(twin, selection="current")
+    backward(twin, tokens())
+    norm = whole.clip_grad_norm_(twin.parameters(), 1e9)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(twin.parameters(), 1e9))
+
+
+def test_zero_grad_clears_the_accumulators():
+    model, longact, _ = trained("compact", "full", steps=1)
+    optimizer = SalientAdamW(model.parameters(), longact=longact)
+    backward(model, tokens())
+    optimizer.zero_grad()
+    assert not longact.grads.any()
+
+
+def test_what_it_does_not_go_with_is_said():
+    with pytest.raises(ValueError, match=r"^grad: 'compact' needs the set before backward; use selection='lagged'"):
+        LongAct(tiny_model(), grad="compact", selection="current")
+    longact = LongAct(tiny_model(), grad="compact")
+    with pytest.raises(ValueError, match=r"^attach: a stock optimizer does not see compact gradients"):
+        longact.attach(torch.optim.AdamW(longact.model.parameters()))
