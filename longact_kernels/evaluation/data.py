@@ -98,25 +98,19 @@ def essays_folder() -> Path | None:
     return folder
 
 
-def overrides(task: str) -> dict:
-    """What is changed in lm-eval's configuration of a task so that it finds what is installed."""
-    if task not in QUESTIONS:
-        return {}
-    # The module as it is imported here, whose `download_json` `at_hand` replaces: lm-eval's own loader imports it anew.
-    return {"custom_dataset": qa_utils.get_squad if task == "ruler_qa_squad" else qa_utils.get_hotpotqa}
-
-
 @contextlib.contextmanager
-def at_hand() -> Iterator[None]:
-    """Inside, lm-eval's RULER finds what is installed, and fails at once where there is no network."""
+def at_hand(task: str) -> Iterator[None]:
+    """Inside, lm-eval finds what is installed for a task, and fails at once where there is no network."""
     splitter = installed(SPLITTER, "llama_index/core/_static/nltk_cache")
     if splitter is not None and str(splitter) not in nltk.data.path:
         nltk.data.path.append(str(splitter))
+    # By this mark lm-eval's loader knows the module; without it, it would import another one.
+    qa_utils.__mtime__ = Path(qa_utils.__file__).stat().st_mtime_ns
     download, offline = qa_utils.download_json, datasets.config.HF_HUB_OFFLINE
     qa_utils.download_json = lambda url: read_questions(url) or download(url)
     datasets.config.HF_HUB_OFFLINE = offline or not online()
     try:
-        with contextlib.chdir(essays_folder() or Path()):
+        with contextlib.chdir((task in ESSAY_TASKS and essays_folder()) or Path()):
             yield
     finally:
         qa_utils.download_json, datasets.config.HF_HUB_OFFLINE = download, offline
@@ -132,7 +126,7 @@ def read_questions(url: str) -> dict | None:
 def unreachable(error: Exception) -> str:
     """An error of `datasets` or lm-eval in one line, saying what is missing where the network is."""
     if isinstance(error, OSError) and not online():
-        named = re.search("'([^']+)'", str(error))
+        named = re.search(r"'([\w./-]+)'", str(error))
         what = named.group(1) if named else "data"
         return f"needs {what} from the Hub, which cannot be reached from here"
     return " ".join(str(error).split())

@@ -21,6 +21,8 @@ from longact_kernels.evaluation.tasks import RULER, build, documents_lack_answer
 from longact_kernels.integrations.transformers import load_model, smollm2_folder
 
 NOTES = {
+    "longbench2": "accuracy by the likelihoods of the four letters, as lm-eval has it, which is not the official form",
+    "longbench2_generate": 'the official form: a generated "The correct answer is (X)"; greedy',
     "ruler_qa_squad": "lm-eval's score is the mean over an answer's variants, RULER's own the best of them",
 }
 SQUAD_LENGTH = 2048

@@ -42,7 +42,9 @@ def score_table(title: str, cells: list[Cell]) -> Table:
 
 
 def shown(cell: Cell | None) -> str:
-    if cell is None or cell.skipped:
+    if cell is None:
+        return ""
+    if cell.skipped:
         return "-"
     return f"{100 * cell.score:.1f} ± {100 * cell.standard_error:.1f}"
 
@@ -98,7 +100,7 @@ def comparison_table(a: str, b: str, differences: list[Difference]) -> Table:
 def draw_scores(path: Path, title: str, cells: list[Cell]) -> None:
     """A heat map of the scores."""
     values = {(cell.task, cell.length): 100 * cell.score for cell in cells if not cell.skipped}
-    texts = {place: f"{value:.0f}" for place, value in values.items()}
+    texts = {(cell.task, cell.length): "-" if cell.skipped else f"{100 * cell.score:.0f}" for cell in cells}
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     heat_map(path, title, tasks, lengths_of(cells), values, texts, "score in percent", "viridis", (0, 100))
 
@@ -131,7 +133,7 @@ def heat_map(
     colours: str,
     limits: tuple[float, float],
 ) -> None:
-    """Lengths across, tasks down; fields without a value are grey."""
+    """Lengths across, tasks down; fields without a value are grey, and empty where there was nothing to evaluate."""
     grid = np.array([[values.get((task, length), np.nan) for length in lengths] for task in tasks])
     tall = 0.62 if any("\n" in text for text in texts.values()) else 0.42
     with rc_context({**LIGHT, "axes.grid": False}):
@@ -141,15 +143,18 @@ def heat_map(
         image = axes.imshow(grid, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
         for i, task in enumerate(tasks):
             for j, length in enumerate(lengths):
-                text = texts.get((task, length), "-")
+                text = texts.get((task, length), "")
                 red, green, blue, _ = image.cmap(image.norm(grid[i, j])) if (task, length) in values else (0.85,) * 4
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
                 axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=9.5)
+        axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", lw=1.5, alpha=1)
         axes.set_xticks(range(len(lengths)), [heading(length) for length in lengths])
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_xlabel("length in tokens")
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         figure.colorbar(image, ax=axes, label=label, pad=0.02)
         figure.suptitle(title, fontsize=11)
         figure.savefig(path)

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import math
 import os
 import random
 import sys
@@ -12,9 +13,10 @@ import numpy as np
 from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.ruler import vt_utils
 from transformers import PreTrainedTokenizerBase
 
-from longact_kernels.evaluation.data import at_hand, missing, overrides
+from longact_kernels.evaluation.data import at_hand, missing
 from longact_kernels.evaluation.longbench2 import generated_task
 
 RULER = (
@@ -85,15 +87,11 @@ def build(
     Raises:
         ValueError, OSError: lm-eval cannot make the documents, or not fetch them.
     """
-    spec: dict | str
-    if name == GENERATED:
-        spec = generated_task(name, tokenizer, max_length)
-    else:
-        spec = {"task": name, **overrides(name)} if overrides(name) else name
+    spec = generated_task(name, tokenizer, max_length) if name == GENERATED else name
     lengths = {} if length is None else {"max_seq_lengths": [length]}
     # This module draws from a generator of its own, which would go on from where the last cell left it.
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
-    with quiet(), at_hand():
+    with quiet(), at_hand(name):
         random.seed(SEED)
         np.random.seed(NUMPY_SEED)
         loaded = manager([name], tokenizer=str(tokenizer_folder), **lengths).load([spec])
@@ -108,28 +106,25 @@ def impossible(name: str, length: int | None, tokenizer: PreTrainedTokenizerBase
     """Why a task cannot be had at a length; `None` if nothing is known against it."""
     if length is not None and length > max_length:
         return f"the model reads {max_length:,} tokens at most"
-    if name == "ruler_vt" and length is not None and length < shortest_vt(tokenizer):
-        return f"lm-eval's ruler_vt needs {shortest_vt(tokenizer):,} tokens with this tokenizer"
+    if name == "ruler_vt" and length is not None and length < (shortest := shortest_vt(tokenizer)):
+        needed = f"{shortest:,} tokens" if shortest < math.inf else "a tokenizer that takes fewer tokens"
+        return f"lm-eval's ruler_vt would not come to an end; it needs {needed}"
     return missing(name)
 
 
-def shortest_vt(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens below which lm-eval would look for a variable-tracking prompt without end.
+def shortest_vt(tokenizer: PreTrainedTokenizerBase) -> float:
+    """Tokens, or a few more, below which lm-eval would look for a variable-tracking prompt without end.
 
     It gives its example up to 500 tokens, and goes below ten noise sentences nowhere, in the example below five.
     """
-    with quiet(), at_hand():
-        from lm_eval.tasks.ruler import vt_utils
-
-        state = random.getstate(), np.random.get_state()
+    with quiet():
+        random.seed(SEED)
         example, _ = vt_utils.generate_input_output(5, num_chains=1, num_hops=4, is_icl=True)
         prompt, _ = vt_utils.generate_input_output(10, num_chains=1, num_hops=4)
-        random.setstate(state[0])
-        np.random.set_state(state[1])
     # Variables' names take more or fewer tokens from draw to draw.
     slack = 40
     if len(tokenizer.encode(example)) + VT_ANSWER + slack > VT_EXAMPLE:
-        return sys.maxsize
+        return math.inf
     return VT_EXAMPLE + len(tokenizer.encode(prompt)) + VT_ANSWER + slack
 
 
