@@ -131,12 +131,10 @@ def _four_shards(attention: _Attention, N: int) -> list[Head] | None:
 
 
 def _keys_values(attention: _Attention, N: int) -> list[Head] | None:
-    """All keys, all values; or one head that is both."""
+    """All keys, all values. Of another size, they are the same or are compressed further: neither is told apart."""
     d, kv_heads = attention.size, attention.kv_heads
-    if d == N:
-        return [Head(N, None)]
     if not d or not kv_heads or 2 * d * kv_heads != N:
-        return None
+        return [Head(N, None)]
     return [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
 
 
@@ -189,9 +187,9 @@ LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
 Ranges = Iterable[tuple[int, int, int]]
 TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
 
-# Parts of a language model whose queries or keys are not its text's.
+# Parts of a language model whose queries or keys are not those that its text attends with.
 ELSEWHERE = re.compile(
-    r"cross_?att(n|ention)|encoder_att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech", re.I
+    r"cross_?att(n|ention)|encoder_att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer", re.I
 )
 
 

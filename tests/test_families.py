@@ -1,0 +1,183 @@
+"""Every causal-LM family of the installed transformers: where its queries and keys are, by a witness of its own.
+
+The witness is the model's gradient at the output of a projection. With one token the softmax has one entry, so that
+queries and keys do not matter: their gradient is zero, that of values and gates is not. With two tokens and a causal
+mask the query of the first still does not matter, but its key does. And where all but one head are cut off before the
+output projection, the rows that matter are one head's.
+"""
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from families import CLASSES, family_model
+from torch import nn
+
+from longact_kernels.models import Projection, find_projections
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+RECURRENT = "has no attention: a recurrence in place of the softmax over tokens"
+# Families that are refused, and why.
+REFUSED = {
+    "falcon_mamba": RECURRENT,
+    "mamba": RECURRENT,
+    "mamba2": RECURRENT,
+    "rwkv": RECURRENT,
+    "xlstm": RECURRENT,
+    "xlnet": "keeps its projections as bare three-dimensional parameters, not as linear layers",
+}
+# Families of which no tiny model can be built, and why.
+UNBUILT = {
+    "gemma3n": "its vision tower needs the timm package; the text model, gemma3n_text, works",
+    "gemma4_assistant": "drafts for another model and is not trained by itself",
+    "gemma4_unified_assistant": "drafts for another model and is not trained by itself",
+}
+# Where the witness says nothing, and why.
+NO_WITNESS = {
+    "blt": "bytes become patches, as many as their entropy asks for",
+    "cpmant": "prompt tokens stand before the text",
+    "prophetnet": "a token has several streams",
+    "inkling2_text": "each token has an attention sink of its own",
+    "reformer": "its reversible layers make no graph",
+}
+MIXED_TOKENS = {"zaya": "a convolution over tokens follows the projections"}
+MIXED_HEADS = {
+    **dict.fromkeys(
+        ("flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmo_hybrid", "olmoe"), "queries are normalised across heads"
+    ),
+    "bitnet": "results are normalised across heads",
+    "diffllama": "the result is a difference of two heads",
+    "zaya": "a convolution mixes heads",
+}
+OUTPUTS = ("o_proj", "out_proj", "o_a_proj", "attention_out", "out_lin", "c_proj", "Wo", "dense")
+
+
+def gradients(model: nn.Module, found: list[Projection], T: int, head: int | None = None) -> dict[str, torch.Tensor]:
+    """By projection, the gradient of a random sum of the logits at its output, [calls, T, N].
+
+    With `head`, the output projections get the result of that head alone.
+    """
+    outputs: dict[str, list[torch.Tensor]] = {projection.name: [] for projection in found}
+    handles = []
+    for projection in found:
+
+        def keep(module, args, output, name=projection.name):
+            if output.requires_grad:
+                output.retain_grad()
+                outputs[name].append(output)
+
+        handles.append(projection.module.register_forward_hook(keep))
+        heads = query_heads(found, projection)
+        if head is not None and heads:
+            out = output_projection(model, projection)
+
+            def cut(module, args, heads=heads):
+                by_head = torch.zeros_like(args[0]).flatten(2).unflatten(2, (heads, -1))
+                by_head[:, :, head] = 1
+                return (args[0] * by_head.view(args[0].shape), *args[1:])
+
+            if not out._forward_pre_hooks:
+                handles.append(out.register_forward_pre_hook(cut))
+    streams = model.config.num_codebooks if "Musicgen" in type(model).__name__ else 1
+    ids = torch.randint(5, 60, (streams, T), generator=torch.Generator().manual_seed(0))
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return {
+        name: torch.stack([y.grad.reshape(T, -1) for y in ys if y.grad is not None]) if ys else torch.empty(0)
+        for name, ys in outputs.items()
+    }
+
+
+def output_projection(model: nn.Module, projection: Projection) -> nn.Module:
+    """The linear layer that takes the heads' results: beside the queries, or one module further out."""
+    path = projection.attention
+    while True:
+        for name, module in model.get_submodule(path).named_modules():
+            leaf = name.removesuffix(".linear").rpartition(".")[2]
+            if leaf in OUTPUTS and isinstance(getattr(module, "weight", None), torch.Tensor):
+                return module
+        assert path, f"no output projection near {projection.name}"
+        path = path.rpartition(".")[0]
+
+
+def query_heads(found: list[Projection], projection: Projection) -> int:
+    same = [p for p in found if p.attention == projection.attention]
+    return sum(head.kind == "q" for p in same for head in p.heads)
+
+
+def rows(projection: Projection, kind: str | None) -> torch.Tensor:
+    return torch.cat([torch.full((head.size,), head.kind == kind) for head in projection.heads])
+
+
+def head_rows(projection: Projection, kind: str, number: int) -> torch.Tensor:
+    """The rows of the `number`th head of a kind."""
+    count, masks = 0, []
+    for head in projection.heads:
+        masks.append(torch.full((head.size,), head.kind == kind and count == number))
+        count += head.kind == kind
+    return torch.cat(masks)
+
+
+def pattern(projection: Projection) -> str:
+    """What the output channels are, such as "q k v, for each head"."""
+    kinds = [kind or "-" for kind, _ in groupby(head.kind for head in projection.heads)]
+    period = next(p for p in range(1, len(kinds) + 1) if kinds == kinds[:p] * (len(kinds) // p))
+    text = " ".join(kinds[:period])
+    return f"({text}) × {len(kinds) // period}" if period < len(kinds) else text
+
+
+def table_row(family: str, found: list[Projection]) -> str:
+    layers = {re.sub(r"\.\d+(?=\.|$)", "", p.name).removeprefix("model."): pattern(p) for p in found}
+    shown = ", ".join(f"`{name.rpartition('.')[2]}`: {kinds}" for name, kinds in layers.items())
+    return f"| {family} | {CLASSES[family]} | {shown} |"
+
+
+@pytest.fixture
+def tiny(family):
+    model = family_model(family).eval()
+    for name, p in model.named_parameters():
+        # As large as trained weights act; an attention sink would be a further entry of the softmax.
+        nn.init.constant_(p, -1e4) if name.endswith("sinks") else nn.init.normal_(p, std=0.2)
+    return model
+
+
+WORKING = [family for family in CLASSES if family not in REFUSED | UNBUILT]
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
+    found = find_projections(tiny)
+    assert found
+    if family in NO_WITNESS:
+        return
+    one, two = gradients(tiny, found, 1), gradients(tiny, found, 2)
+    for projection in found:
+        q, k, dense = (rows(projection, kind) for kind in ("q", "k", None))
+        g1, g2 = one[projection.name], two[projection.name]
+        assert g2.numel(), f"{projection.name} does not matter"
+        noise = 1e-3 * g2.abs().max()
+        assert (g1[..., q | k].abs() <= noise).all(), f"{projection.name}: queries and keys matter to one token"
+        assert (g1[..., dense] != 0).all(), f"{projection.name}: dense rows do not matter"
+        first = g2[:, 0, q].abs() <= noise
+        assert family in MIXED_TOKENS or first.all(), f"{projection.name}: the first token's query matters"
+        assert (g2[:, 1, q] != 0).all(), f"{projection.name}: the second token's query does not matter"
+        assert (g2[..., k] != 0).all(), f"{projection.name}: keys do not matter"
+    if family in MIXED_HEADS:
+        return
+    only = gradients(tiny, found, 2, head=1)
+    for projection in found:
+        g, total = only[projection.name], query_heads(found, projection)
+        for kind in "qk":
+            heads = sum(head.kind == kind for head in projection.heads)
+            if heads and total:
+                own = head_rows(projection, kind, 1 if kind == "q" else heads // total)
+                others = rows(projection, kind) & ~own
+                noise = 1e-3 * g.abs().max()
+                assert (g[..., others].abs() <= noise).all(), f"{projection.name}: another {kind} head matters"
+                assert (g[:, 1, own].abs() > 0).all(), f"{projection.name}: the {kind} head does not matter"
