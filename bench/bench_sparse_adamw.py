@@ -7,6 +7,7 @@ import torch
 
 from bench.race import DEVICE, ours, update
 from longact_kernels import ops
+from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
 HYPER = dict(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -53,7 +54,7 @@ class Problem:
         first = [lists[:1] for lists in self.lists()]
         got, wanted = copy.deepcopy(first), copy.deepcopy(first)
         ops.sparse_adamw_(*got, self.lr, *SCALARS, axis=self.axis)
-        reference(*wanted, self.lr, *SCALARS, axis=self.axis)
+        reference(AdamWCall(*wanted, self.lr, *SCALARS, axis=self.axis))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6 if self.dtype == torch.float32 else 2**-7, atol=1e-9)
 

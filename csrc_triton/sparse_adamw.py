@@ -32,12 +32,14 @@ FIELDS = (
     "state_compact",  # 1: so do moments, steps and master
     "first_program",
 )
-# Tile sizes are the largest whose registers leave half of the threads resident (64 each).
-CONFIGS = {
-    "aligned": {"BLOCK_C": 1, "BLOCK": 1024, "num_warps": 4},
-    "unaligned": {"BLOCK_C": 1, "BLOCK": 512, "num_warps": 4},
-    "columns": {"BLOCK_C": 32, "BLOCK": 16, "num_warps": 4},
-}
+LAYOUTS = ("aligned", "unaligned", "columns")
+
+
+def launch_config(layout: str, moment_itemsize: int) -> dict[str, int]:
+    """Tiles of a layout: the largest whose registers leave half of the threads resident (64 each)."""
+    if layout == "columns":
+        return {"BLOCK_C": 32, "BLOCK": 4 * moment_itemsize, "num_warps": 4}
+    return {"BLOCK_C": 1, "BLOCK": 1024 if layout == "aligned" else 512, "num_warps": 4}
 
 
 @triton.jit
@@ -89,9 +91,10 @@ def sparse_adamw(
     weight_decay,
     grad_sign,  # -1 to maximize
     seed,
-    stochastic,  # 1: 16-bit weights without a master are rounded stochastically
+    stochastic,  # 1: 16-bit moments, and 16-bit weights without a master, are rounded stochastically
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -107,8 +110,8 @@ def sparse_adamw(
     weight_ptr = tl.load(entry).to(tl.pointer_type(WEIGHT))
     grad_ptr = tl.load(entry + 1).to(tl.pointer_type(GRAD))
     channels_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.int64))
-    exp_avg_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
-    exp_avg_sq_ptr = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
+    exp_avg_ptr = tl.load(entry + 3).to(tl.pointer_type(MOMENT))
+    exp_avg_sq_ptr = tl.load(entry + 4).to(tl.pointer_type(MOMENT))
     steps_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.int32))
     master_ptr = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
     count = tl.load(entry + 7)
@@ -133,8 +136,8 @@ def sparse_adamw(
     # Rows lie along the tile's first dimension and columns along its last: neighbours in memory always lie along the
     # last.
     slot = tl.expand_dims((tl.program_id(0) - first_program) * BLOCK_C + tl.arange(0, BLOCK_C), 0 if COLUMNS else 1)
-    owned = slot < count
-    channel = tl.load(channels_ptr + slot, mask=owned, other=0)
+    channel = tl.load(channels_ptr + slot, mask=slot < count, other=-1)
+    owned = channel >= 0
     in_grad = tl.where(grad_compact != 0, slot, channel)
     in_state = tl.where(state_compact != 0, slot, channel)
     tau = tl.load(steps_ptr + in_state, mask=owned, other=0) + 1
@@ -151,6 +154,7 @@ def sparse_adamw(
     decay = 1.0 - lr * weight_decay
     key = hash32(hash32(seed.to(tl.uint32) ^ hash32(line.to(tl.uint32))) ^ channel.to(tl.uint32))
     key = hash32(key ^ tau.to(tl.uint32))
+    moment_key = hash32(key ^ 1)
 
     weight_ptrs = weight_ptr + channel * (1 if COLUMNS else stride_weight)
     grad_ptrs = grad_ptr + in_grad * (1 if COLUMNS else stride_grad)
@@ -164,8 +168,8 @@ def sparse_adamw(
         at_grad = offs * stride_grad if COLUMNS else offs
         at_state = offs * stride_state if COLUMNS else offs
         g = tl.load(grad_ptrs + at_grad, mask=mask, other=0.0).to(tl.float32) * scale
-        m = tl.load(exp_avg_ptrs + at_state, mask=mask, other=0.0)
-        v = tl.load(exp_avg_sq_ptrs + at_state, mask=mask, other=0.0)
+        m = tl.load(exp_avg_ptrs + at_state, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(exp_avg_sq_ptrs + at_state, mask=mask, other=0.0).to(tl.float32)
         if HAS_MASTER:
             w = tl.load(master_ptrs + at_state, mask=mask, other=0.0)
         else:
@@ -175,13 +179,18 @@ def sparse_adamw(
         v = beta2 * v + one_minus_beta2 * g * g
         w = w * decay - m * step_size / (tl.sqrt(v) * correction + eps)
 
-        tl.store(exp_avg_ptrs + at_state, m, mask=mask)
-        tl.store(exp_avg_sq_ptrs + at_state, v, mask=mask)
         if HAS_MASTER:
             tl.store(master_ptrs + at_state, w, mask=mask)
         elif WEIGHT.primitive_bitwidth == 16:
             w = tl.where(stochastic != 0, stochastic_round(w, hash32(key ^ offs.to(tl.uint32)), WEIGHT), w)
         tl.store(weight_ptrs + at_weight, w.to(WEIGHT), mask=mask)
+        if MOMENT == tl.bfloat16:
+            bits = hash32(moment_key ^ offs.to(tl.uint32))  # of which each moment takes half
+            m = tl.where(stochastic != 0, stochastic_round(m, bits, MOMENT), m)
+            v = tl.where(stochastic != 0, stochastic_round(v, bits << 16, MOMENT), v)
+        # In the order that takes the fewest registers.
+        tl.store(exp_avg_sq_ptrs + at_state, v.to(MOMENT), mask=mask)
+        tl.store(exp_avg_ptrs + at_state, m.to(MOMENT), mask=mask)
 
 
 def variants() -> list[Variant]:
@@ -192,29 +201,32 @@ def variants() -> list[Variant]:
     scaled = {"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
     unscaled = dict.fromkeys(scaled)
     dtypes = [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")]
+    names = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     found = []
-    for (weight, grad), master, layout in itertools.product(dtypes, (False, True), CONFIGS):
+    for (weight, grad), master, moment, layout in itertools.product(dtypes, (False, True), ("fp32", "bf16"), LAYOUTS):
         if master and weight == "fp32":
             continue
-        names = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-        config = CONFIGS[layout]
-        constants = {"WEIGHT": names[weight], "GRAD": names[grad], "HAS_MASTER": master, "WIDTH": len(FIELDS)}
-        constants |= {"COLUMNS": layout == "columns", "ALIGNED": layout == "aligned"}
+        config = launch_config(layout, names[moment].primitive_bitwidth // 8)
+        constants = {"WEIGHT": names[weight], "GRAD": names[grad], "MOMENT": names[moment], "HAS_MASTER": master}
+        constants |= {"COLUMNS": layout == "columns", "ALIGNED": layout == "aligned", "WIDTH": len(FIELDS)}
         constants |= {"BLOCK_C": config["BLOCK_C"], "BLOCK": config["BLOCK"]}
         # Loss scaling goes with fp16 training, and adds two scalar loads only.
         amp = weight == "fp16" and grad == "fp16"
-        label = f"{weight}{'' if grad == weight else ' fp32-grad'}{' master' if master else ''} {layout}"
+        label = f"{weight}{'' if grad == weight else ' fp32-grad'}{' master' if master else ''}"
+        label += f"{'' if moment == 'fp32' else ' bf16-moments'} {layout}{' scaled' if amp else ''}"
+        # With nothing in 32 bits, the threads of a 64-lane wave have 64 bits each of a tile.
+        narrow = moment == "bf16" and grad != "fp32" and not master
         found.append(
             Variant(
                 kernel="sparse_adamw",
-                label=label + (" scaled" if amp else ""),
+                label=label,
                 fn=sparse_adamw,
                 types=types | (scaled if amp else {}),
                 constants=constants | ({} if amp else unscaled),
                 divisible=("table_ptr", "weight_of_ptr", "lr_ptr"),
                 num_warps=config["num_warps"],
-                aligned=layout == "aligned",
-                main=master and weight == grad == "bf16" and layout != "unaligned",
+                aligned=layout == "aligned" and not narrow,
+                main=master and weight == grad == "bf16" and moment == "fp32" and layout != "unaligned",
             )
         )
     return found

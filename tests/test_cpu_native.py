@@ -37,11 +37,13 @@ def test_a_forked_child_works_after_its_parent_used_threads():
     # AdamW, since it takes no parallel operation of PyTorch's: in the child those themselves wait for ever.
     done = run("""
         from longact_kernels.cpu.sparse_adamw import sparse_adamw_
+        from longact_kernels.reference.sparse_adamw import AdamWCall
         lr, weight, grad = torch.tensor(1e-2, dtype=torch.float64), torch.ones(100, 2000), torch.ones(100, 2000)
         states = [torch.zeros(100, 2000)], [torch.zeros(100, 2000)], [torch.zeros(100, dtype=torch.int32)]
 
         def step():
-            sparse_adamw_([weight], [grad], [torch.arange(90)], *states, [], lr, 0.9, 0.99, 0.0, 0.0)
+            rows = [torch.arange(90)]
+            sparse_adamw_(AdamWCall([weight], [grad], rows, *states, [], lr, 0.9, 0.99, 0.0, 0.0))
             return weight[89, 1999].item()
 
         assert right() and native._gomp_parallel() is not None and abs(step() - 0.99) < 1e-6

@@ -1,5 +1,6 @@
 """`sparse_adamw_` against an independent fp64 computation, on whatever implementation the device runs."""
 
+import itertools
 import math
 import mmap
 import os
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from traffic import count_bytes
 
 from longact_kernels import ops
+from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,15 +23,19 @@ BETA1, BETA2, EPS, DECAY, LR = 0.9, 0.999, 1e-8, 0.1, 1e-2
 
 
 class Case:
-    """Weights, gradients and states of a call, with the channels along `axis`."""
+    """Weights, gradients and states of a call, with the channels along `axis` and `empty` slots before each set's."""
 
-    def __init__(self, shapes, dtype, grad_dtype=None, axis="rows", compact=False, master=False, grad_compact=False):
+    def __init__(
+        self, shapes, dtype, grad_dtype=None, axis="rows", compact=False, master=False, grad_compact=False,
+        moment=torch.float32, empty=0,
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(len(shapes) + 7 * sum(map(sum, shapes)))
         self.axis, self.compact, dim = axis, compact, 0 if axis == "rows" else 1
         held = {name: [] for name in ("weights", "grads", "rows", "exp_avgs", "exp_avg_sqs", "steps", "masters")}
         for *shape, count in shapes:
             index = torch.randperm(shape[dim], generator=generator)[:count].sort().values
-            whole, part = shape, [count, shape[1]] if dim == 0 else [shape[0], count]
+            index = torch.cat([torch.full((empty,), -1), index])
+            whole, part = shape, [len(index), shape[1]] if dim == 0 else [shape[0], len(index)]
             state = part if compact else whole
             values = {
                 "weights": torch.randn(whole, generator=generator).to(dtype),
@@ -37,8 +43,8 @@ class Case:
                     grad_dtype or dtype
                 ),
                 "rows": index,
-                "exp_avgs": torch.randn(state, generator=generator) / 100,
-                "exp_avg_sqs": torch.rand(state, generator=generator) / 100,
+                "exp_avgs": (torch.randn(state, generator=generator) / 100).to(moment),
+                "exp_avg_sqs": (torch.rand(state, generator=generator) / 100).to(moment),
                 "steps": torch.randint(0, 3000, (state[dim],), generator=generator).int(),
             }
             values["masters"] = torch.randn(state, generator=generator)
@@ -48,11 +54,13 @@ class Case:
             held["masters"] = []
         self.held = held
 
-    def run(self, op=ops.sparse_adamw_, maximize=False, grad_scale=None, found_inf=None, seed=None, decay=DECAY):
+    def run(self, op=None, maximize=False, grad_scale=None, found_inf=None, seed=None, decay=DECAY):
+        """Runs the public op, or one of its implementations."""
         lr = torch.tensor(LR, device=DEVICE)
         scalars = (None if s is None else torch.tensor(s, device=DEVICE) for s in (grad_scale, found_inf))
         settled = (lr, BETA1, BETA2, EPS, decay, self.compact, maximize, self.axis)
-        op(*self.held.values(), *settled, *scalars, seed)
+        call = AdamWCall(*self.held.values(), *settled, *scalars, seed)
+        ops.sparse_adamw_(*call) if op is None else op(call)
 
     def copy(self):
         other = object.__new__(Case)
@@ -74,9 +82,11 @@ def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
     """Every salient channel against the formula in fp64, and all else bit for bit."""
     for i, index in enumerate(before.held["rows"]):
         index = index.cpu()
-        slots = torch.arange(len(index)) if before.compact else index
+        places = (index >= 0).nonzero()[:, 0]
+        index = index[places]
+        slots = places if before.compact else index
         grad, weight = before.channels("grads", i), before.channels("weights", i)
-        g = (grad if len(grad) != len(weight) else grad[index]) / grad_scale * (-1 if maximize else 1)
+        g = grad[places if len(grad) != len(weight) else index] / grad_scale * (-1 if maximize else 1)
         m = BETA1 * before.channels("exp_avgs", i)[slots] + (1 - BETA1) * g
         v = BETA2 * before.channels("exp_avg_sqs", i)[slots] + (1 - BETA2) * g * g
         tau = before.channels("steps", i)[slots].unsqueeze(1) + 1
@@ -86,9 +96,11 @@ def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
         w = (1 - LR * decay) * w - update
         wanted = {"exp_avgs": m, "exp_avg_sqs": v, "steps": tau[:, 0]} | ({"masters": w} if has_master else {})
         for name, want in wanted.items():
-            # A few roundings of fp32, of sums whose terms may cancel.
+            # A few roundings of fp32, of sums whose terms may cancel, and one of the 16-bit moments.
             size = {"exp_avgs": g.abs() + m.abs(), "masters": w.abs() + 2 * update.abs()}.get(name, want.abs())
-            assert ((after.channels(name, i)[slots] - want).abs() <= 2.0**-21 * size + 1e-37).all(), name
+            last = 2.0**-8 if after.held[name][i].dtype == torch.bfloat16 else 0
+            slack = 2.0**-21 * size + last * want.abs() + 1e-37
+            assert ((after.channels(name, i)[slots] - want).abs() <= slack).all(), name
         dtype = after.held["weights"][i].dtype
         if has_master:  # the weight is the master, rounded
             rounded = after.channels("masters", i)[slots].to(dtype).double()
@@ -97,7 +109,8 @@ def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
             ulp = torch.finfo(dtype).eps
             error = (after.channels("weights", i)[index] - w).abs()
             assert (error <= (ulp / 2 + 2.0**-21) * (w.abs() + 2 * update.abs()) + 2.0**-25).all()
-        for name, kept in {"weights": index, "exp_avgs": slots, "exp_avg_sqs": slots, "steps": slots}.items():
+        states = [name for name in ("exp_avgs", "exp_avg_sqs", "steps", "masters") if before.held[name]]
+        for name, kept in {"weights": index, **dict.fromkeys(states, slots)}.items():
             outside = torch.ones(len(before.channels(name, i)), dtype=torch.bool)
             outside[kept] = False
             dim = 1 if before.axis == "columns" and before.held[name][i].ndim == 2 else 0
@@ -130,6 +143,8 @@ def cases(draw):
         compact=draw(st.booleans()),
         master=draw(st.booleans()),
         grad_compact=draw(st.booleans()),
+        moment=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        empty=draw(st.integers(0, 3)),
     )
 
 
@@ -232,17 +247,40 @@ def test_stochastic_rounding_keeps_the_mean(dtype, start):
     assert (held[0][0] != other.held["weights"][0]).any()
 
 
+def test_stochastic_rounding_keeps_the_mean_of_moments():
+    case = Case([(8, 1024, 8)], torch.bfloat16, moment=torch.bfloat16)
+    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+        case.held[name][0].fill_(1.0)
+    case.held["grads"][0].zero_()
+    case.held["steps"][0].fill_(10_000_000)
+    # What lies below 1 is 2^-8 apart; all three move by a quarter of it.
+    lr, beta = torch.tensor(2.0**-10, device=DEVICE), 1 - 2.0**-10
+    ops.sparse_adamw_(*case.held.values(), lr, beta, beta, 0.0, 0.0, seed=11)
+    moved = {name: case.held[name][0] < 1 for name in ("weights", "exp_avgs", "exp_avg_sqs")}
+    n = 8 * 1024
+    for name, low in moved.items():
+        assert (case.held[name][0][low] == 1 - 2.0**-8).all(), name
+        assert abs(low.float().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n), name
+    for one, other in itertools.combinations(moved, 2):
+        together = (moved[one] & moved[other]).float().mean().item()
+        assert abs(together - 0.0625) < 5 * math.sqrt(0.0625 / n), (one, other)
+
+
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_draws_the_references_bits(axis, dtype):
-    case = Case([(20, 48, 9), (16, 40, 7)], dtype, axis=axis)
+@pytest.mark.parametrize(
+    "dtype, moment",
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],
+)
+def test_stochastic_rounding_draws_the_references_bits(axis, dtype, moment):
+    case = Case([(20, 48, 9), (16, 40, 7)], dtype, axis=axis, moment=moment, empty=2)
     case.held["weights"][0][:, ::3] *= 1e-6
     other = case.copy()
     case.run(seed=-5)
     other.run(reference, seed=-5)
-    for ours, theirs in zip(case.held["weights"], other.held["weights"], strict=True):
-        # Where the fp32 values differ in their last bit, so may a rounding, once in thousands.
-        assert (ours != theirs).sum() <= 2
+    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+        for ours, theirs in zip(case.held[name], other.held[name], strict=True):
+            # Where the fp32 values differ in their last bit, so may a rounding, once in thousands.
+            assert (ours != theirs).sum() <= 2, name
 
 
 def test_same_bits_every_time():
@@ -299,7 +337,9 @@ def test_bad_arguments_are_named():
     refuse(r"rows\[0\]: got torch.int32", rows=[torch.arange(3, dtype=torch.int32)])
     refuse(r"weights\[0\]: got torch.float64", weights=[torch.zeros(6, 16, dtype=torch.float64)])
     refuse(r"weights\[0\]: got strides", weights=[torch.zeros(16, 6).t()])
-    refuse(r"exp_avgs\[0\].*needed torch.float32 \[6, 16\]", exp_avgs=[torch.zeros(3, 16)])
+    refuse(r"exp_avgs\[0\].*needed torch.float32 or torch.bfloat16 \[6, 16\]", exp_avgs=[torch.zeros(3, 16)])
+    refuse(r"exp_avgs, exp_avg_sqs: one dtype", exp_avgs=[torch.zeros(6, 16, dtype=torch.bfloat16)])
+    refuse(r"masters\[0\].*needed torch.float32 \[6", masters=[torch.zeros(6, 16, dtype=torch.bfloat16)])
     refuse(r"steps\[0\]: got torch.int64", steps=[torch.zeros(6, dtype=torch.int64)])
 
     case = Case([(6, 16, 3)], torch.float32)

@@ -33,7 +33,7 @@ def _cpu(op: str) -> Callable | None:
 
 
 def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callable) -> Callable:
-    """The function that runs `op` on `tensor`'s device; all of them take the op's arguments in the op's order.
+    """The function that runs `op` on `tensor`'s device; all of them take the same arguments.
 
     Args:
         op: the op's name, such as "sparse_adamw_"; its CPU code is `longact_kernels.cpu.sparse_adamw.sparse_adamw_`.

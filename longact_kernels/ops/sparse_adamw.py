@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops.dispatch import implementation
+from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as _reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MOMENTS = (torch.float32, torch.bfloat16)
 
 
 def sparse_adamw_(
@@ -46,9 +48,12 @@ def sparse_adamw_(
     Args:
         weights: [N, K] each, fp32, fp16 or bf16.
         grads: [N, K] each, fp32, fp16 or bf16, of which the salient rows are read; or [S, K], slot s belonging to row
-            `rows[s]` ([N, S] along columns).
-        rows: int64 [S] each, ascending: the salient rows, or columns.
-        exp_avgs, exp_avg_sqs: fp32 [N, K] each; if `compact`, [S, K] like such gradients ([N, S] along columns).
+            `rows[s]` ([N, S] along columns). One of the weight's own shape is always taken as the former.
+        rows: int64 [S] each, ascending: the salient rows, or columns. It may begin with entries of -1, slots without a
+            channel: nothing of theirs is read or written.
+        exp_avgs, exp_avg_sqs: [N, K] each; if `compact`, [S, K] like such gradients ([N, S] along columns). All fp32,
+            or all bf16, computed in fp32 and rounded at the end. Rounding to nearest stops most second moments at a
+            `beta2` of 0.999, whose changes are less than half of a last digit: give a `seed`.
         steps: int32, one a row (or column), or [S] if `compact`.
         masters: fp32 copies of the weights, shaped as `exp_avgs`, that the update is applied to before it is rounded
             into the weights; or an empty list.
@@ -60,33 +65,35 @@ def sparse_adamw_(
         grad_scale: the scale that the gradients carry, one value (read on the device), as GradScaler hands it to
             torch's fused optimizers. The gradients themselves are left as they are.
         found_inf: one value (read on the device); nonzero skips the step wholly, τ too.
-        seed: rounds 16-bit weights that have no master stochastically. The bits depend on the seed's low 32 bits, the
-            weight's place in the list, the element and its τ only: the same call gives the same weights.
+        seed: rounds bf16 moments, and 16-bit weights that have no master, stochastically. The bits depend on the seed's
+            low 32 bits, the weight's place in the list, the element and its τ only: the same call gives the same bits.
 
     Raises:
         ValueError: for lists, shapes, dtypes or an axis that do not fit, naming the argument.
     """
-    _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact, axis)
+    call = AdamWCall(
+        weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
+        compact, maximize, axis, grad_scale, found_inf, seed,
+    )  # fmt: skip
+    _check(call)
     if weights:
-        _sparse_adamw_(
-            weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
-            compact, maximize, axis, grad_scale, found_inf, seed,
-        )  # fmt: skip
+        _sparse_adamw_(*call)
 
 
-def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact, axis):
-    if axis not in ("rows", "columns"):
-        raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
-    lists = (weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters or weights)
+def _check(call: AdamWCall) -> None:
+    if call.axis not in ("rows", "columns"):
+        raise ValueError(f"axis: got {call.axis!r}, needed 'rows' or 'columns'")
+    lists = (*call[:6], call.masters or call.weights)
     if len({len(entries) for entries in lists}) > 1:
         raise ValueError(f"sparse_adamw_: lists of one length needed, got {[len(entries) for entries in lists]}")
-    for name, tensors in (("weights", weights), ("grads", grads)):
+    moments = call.exp_avgs + call.exp_avg_sqs
+    for name, tensors in (("weights", call.weights), ("grads", call.grads), ("exp_avgs, exp_avg_sqs", moments)):
         if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
             raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
     devices = {tensor.device for tensors in lists for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
-    for i, (weight, grad, index) in enumerate(zip(weights, grads, rows, strict=True)):
+    for i, (weight, grad, index) in enumerate(zip(call.weights, call.grads, call.rows, strict=True)):
         if index.ndim != 1 or index.dtype != torch.int64 or not index.is_contiguous():
             raise ValueError(f"rows[{i}]: got {index.dtype} {list(index.shape)}, needed torch.int64 [S], contiguous")
         if weight.ndim != 2 or weight.dtype not in _FLOATS:
@@ -96,20 +103,25 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
                 f"weights[{i}]: got strides {weight.stride()}, needed elements of a row next to one another"
             )
         whole, S = weight.shape, index.numel()
-        salient = torch.Size((S, whole[1]) if axis == "rows" else (whole[0], S))
+        salient = torch.Size((S, whole[1]) if call.axis == "rows" else (whole[0], S))
         if grad.shape not in (whole, salient) or grad.dtype not in _FLOATS:
             needed = f"fp32, fp16 or bf16 {list(whole)} or {list(salient)}"
             raise ValueError(f"grads[{i}]: got {grad.dtype} {list(grad.shape)}, needed {needed}")
-        held = salient if compact else whole
-        for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("masters", masters)):
+        held = salient if call.compact else whole
+        for name, states, fits in (
+            ("exp_avgs", call.exp_avgs, _MOMENTS),
+            ("exp_avg_sqs", call.exp_avg_sqs, _MOMENTS),
+            ("masters", call.masters, (torch.float32,)),
+        ):
             if not states:
                 continue
             state = states[i]
-            if state.shape != held or state.dtype != torch.float32 or not state.is_contiguous():
+            if state.shape != held or state.dtype not in fits or not state.is_contiguous():
                 got = f"{state.dtype} {list(state.shape)} with strides {list(state.stride())}"
-                raise ValueError(f"{name}[{i}]: got {got}, needed torch.float32 {list(held)}, contiguous")
-        channels = held[0 if axis == "rows" else 1]
-        step = steps[i]
+                needed = f"{' or '.join(map(str, fits))} {list(held)}"
+                raise ValueError(f"{name}[{i}]: got {got}, needed {needed}, contiguous")
+        channels = held[0 if call.axis == "rows" else 1]
+        step = call.steps[i]
         if step.shape != (channels,) or step.dtype != torch.int32 or not step.is_contiguous():
             raise ValueError(
                 f"steps[{i}]: got {step.dtype} {list(step.shape)}, needed torch.int32 [{channels}], contiguous"
@@ -117,33 +129,16 @@ def _check(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, compact,
 
 
 @torch.library.custom_op(
-    "longact::sparse_adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+    "longact::sparse_adamw_",
+    mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters"),
+    schema="(Tensor(a!)[] weights, Tensor[] grads, Tensor[] rows, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] masters, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
+    "bool compact, bool maximize, str axis, Tensor? grad_scale, Tensor? found_inf, int? seed) -> ()",
 )
-def _sparse_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    rows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    masters: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    compact: bool,
-    maximize: bool,
-    axis: str,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int | None,
-) -> None:
-    run = implementation("sparse_adamw_", weights[0], _kernel, _reference)
-    run(
-        weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
-        compact, maximize, axis, grad_scale, found_inf, seed,
-    )  # fmt: skip
+def _sparse_adamw_(*args):
+    call = AdamWCall(*args)
+    run = implementation("sparse_adamw_", call.weights[0], _kernel, _reference)
+    run(call)
 
 
 @_sparse_adamw_.register_fake
@@ -151,20 +146,18 @@ def _(*args):
     return None
 
 
-def _kernel(
-    weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
-    compact, maximize, axis, grad_scale, found_inf, seed,
-):  # fmt: skip
+def _kernel(call: AdamWCall) -> None:
     import triton.language as tl
 
-    from longact_kernels.csrc_triton.sparse_adamw import CONFIGS, FIELDS, sparse_adamw
+    from longact_kernels.csrc_triton.sparse_adamw import FIELDS, launch_config, sparse_adamw
 
-    device, dtype = weights[0].device, weights[0].dtype
-    grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in grads]
+    device, dtype, moment = call.weights[0].device, call.weights[0].dtype, call.exp_avgs[0].dtype
+    grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in call.grads]
     grads = [grad if _has_plain_rows(grad) else grad.contiguous() for grad in grads]
-    held = list(zip(weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters or weights, strict=True))
-    layout = "columns" if axis == "columns" else "aligned" if all(map(_is_aligned, held)) else "unaligned"
-    config = CONFIGS[layout]
+    held = list(zip(call.weights, grads, *call[2:6], call.masters or call.weights, strict=True))
+    columns = call.axis == "columns"
+    layout = "columns" if columns else "aligned" if all(map(_is_aligned, held)) else "unaligned"
+    config = launch_config(layout, moment.itemsize)
     lines, programs = [], 0
     for weight, grad, index, exp_avg, exp_avg_sq, step, master in held:
         count = index.numel()
@@ -177,12 +170,12 @@ def _kernel(
             "steps": step.data_ptr(),
             "master": master.data_ptr(),
             "count": count,
-            "length": weight.shape[1 if axis == "rows" else 0],
+            "length": weight.shape[0 if columns else 1],
             "stride_weight": weight.stride(0),
             "stride_grad": grad.stride(0),
             "stride_state": exp_avg.stride(0),
             "grad_compact": int(grad.shape != weight.shape),
-            "state_compact": int(compact),
+            "state_compact": int(call.compact),
             "first_program": programs,
         }
         lines.append(tuple(line[field] for field in FIELDS))
@@ -190,14 +183,15 @@ def _kernel(
     if programs == 0:
         return
     table, weight_of = _table(tuple(lines), config["BLOCK_C"], device)
-    scalars = (None if s is None else s.to(device, torch.float32) for s in (lr, grad_scale, found_inf))
+    scalars = (None if s is None else s.to(device, torch.float32) for s in (call.lr, call.grad_scale, call.found_inf))
     types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     with torch.cuda.device_of(table):
         sparse_adamw[(programs,)](
-            table, weight_of, *scalars, _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
-            -1.0 if maximize else 1.0, 0 if seed is None else _signed(seed), int(seed is not None),
-            WEIGHT=types[dtype], GRAD=types[grads[0].dtype], HAS_MASTER=bool(masters), COLUMNS=layout == "columns",
-            ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
+            table, weight_of, *scalars, _log(call.beta1), _log(call.beta2), 1 - call.beta1, call.beta2, 1 - call.beta2,
+            call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
+            0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
+            WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[moment], HAS_MASTER=bool(call.masters),
+            COLUMNS=columns, ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
         )  # fmt: skip
 
 

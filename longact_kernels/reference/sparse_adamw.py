@@ -1,73 +1,94 @@
 """AdamW on the salient rows (or columns) of a list of weights, with a step count of its own for every channel."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 
 
-def sparse_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    rows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    masters: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    compact: bool = False,
-    maximize: bool = False,
-    axis: str = "rows",
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
+class AdamWCall(NamedTuple):
+    """The arguments of :func:`longact_kernels.ops.sparse_adamw_`, which explains them."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    rows: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    masters: list[Tensor]
+    lr: Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    compact: bool = False
+    maximize: bool = False
+    axis: str = "rows"
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    seed: int | None = None
+
+
+def sparse_adamw_(call: AdamWCall) -> None:
     """See :func:`longact_kernels.ops.sparse_adamw_`, whose meaning this defines.
 
     The order of operations is that of `torch.optim.AdamW`, so that the two agree bit for bit where the sets are whole.
     """
-    if found_inf is not None and found_inf.item():
+    if call.found_inf is not None and call.found_inf.item():
         return
-    lr = lr.double()
-    for i, index in enumerate(rows):
-        tensors = [weights[i], grads[i], exp_avgs[i], exp_avg_sqs[i], masters[i] if masters else weights[i]]
-        weight, grad, exp_avg, exp_avg_sq, master = tensors if axis == "rows" else [t.t() for t in tensors]
-        slots = slice(None) if compact else index
-        g = (grad[index] if grad.shape == weight.shape else grad).float()
-        g = g if grad_scale is None else g / grad_scale
-        g = -g if maximize else g
-        w = master[slots] if masters else weight[index].float()
-        steps[i][slots] += 1
-        tau = steps[i][slots].unsqueeze(1)
-        step_size = (lr / (1 - beta1 ** tau.double())).float()
-        bias_correction2_sqrt = (1 - beta2 ** tau.double()).sqrt().float()
+    lr = call.lr.double()
+    for i, index in enumerate(call.rows):
+        masters = call.masters or call.weights
+        tensors = call.weights[i], call.grads[i], call.exp_avgs[i], call.exp_avg_sqs[i], masters[i]
+        weight, grad, exp_avg, exp_avg_sq, master = tensors if call.axis == "rows" else [t.t() for t in tensors]
+        places = (index != -1).nonzero()[:, 0]
+        index = index[places]
+        slots = places if call.compact else index
+        g = grad[index if grad.shape == weight.shape else places].float()
+        g = g if call.grad_scale is None else g / call.grad_scale
+        g = -g if call.maximize else g
+        w = master[slots] if call.masters else weight[index].float()
+        call.steps[i][slots] += 1
+        tau = call.steps[i][slots].unsqueeze(1)
+        step_size = (lr / (1 - call.beta1 ** tau.double())).float()
+        bias_correction2_sqrt = (1 - call.beta2 ** tau.double()).sqrt().float()
 
-        w = w * (1 - lr * weight_decay).to(w)
-        m = exp_avg[slots].lerp(g, 1 - beta1)
-        v = exp_avg_sq[slots].mul(beta2).addcmul_(g, g, value=1 - beta2)
-        denom = (v.sqrt() / bias_correction2_sqrt).add_(eps)
+        w = w * (1 - lr * call.weight_decay).to(w)
+        m = exp_avg[slots].float().lerp(g, 1 - call.beta1)
+        v = exp_avg_sq[slots].float().mul(call.beta2).addcmul_(g, g, value=1 - call.beta2)
+        denom = (v.sqrt() / bias_correction2_sqrt).add_(call.eps)
         w = w.addcdiv(m * step_size, denom, value=-1)
 
-        exp_avg[slots] = m
-        exp_avg_sq[slots] = v
-        if masters:
+        if call.masters:
             master[slots] = w
-        elif seed is not None and weight.dtype != torch.float32:
-            w = stochastic_round(w, random_bits(seed, i, index.unsqueeze(1), tau, w.shape[1]), weight.dtype)
+        if call.seed is not None:
+            key = random_key(call.seed, i, index.unsqueeze(1), tau)
+            offs = torch.arange(weight.shape[1], device=key.device)
+            if weight.dtype != torch.float32 and not call.masters:
+                w = stochastic_round(w, hash32(key ^ offs), weight.dtype)
+            if exp_avg.dtype == torch.bfloat16:
+                bits = hash32(moment_key(key) ^ offs)  # of which each moment takes half
+                m = stochastic_round(m, bits, torch.bfloat16)
+                v = stochastic_round(v, bits << 16 & _MASK, torch.bfloat16)
         weight[index] = w.to(weight.dtype)
+        exp_avg[slots] = m.to(exp_avg.dtype)
+        exp_avg_sq[slots] = v.to(exp_avg.dtype)
 
 
-def random_bits(seed: int, layer: int, channel: Tensor, tau: Tensor, count: int) -> Tensor:
-    """32 random bits (in int64) for each of a channel's `count` elements: a hash of where it is and of its step."""
-    key = _hash(torch.tensor(seed & _MASK) ^ _hash(torch.tensor(layer))).to(channel.device)
-    return _hash(_hash(_hash(key ^ channel) ^ tau) ^ torch.arange(count, device=channel.device))
+def random_key(seed: int, layer: int, channel: Tensor, tau: Tensor) -> Tensor:
+    """32 bits (in int64) for each channel; `hash32(key ^ place)` gives those of an element of its weight."""
+    key = hash32(torch.tensor(seed & _MASK) ^ hash32(torch.tensor(layer))).to(channel.device)
+    return hash32(hash32(key ^ channel) ^ tau)
 
 
-def _hash(x: Tensor) -> Tensor:
+def moment_key(key: Tensor) -> Tensor:
+    """The key of a channel's moments, from that of its weight."""
+    return hash32(key ^ 1)
+
+
+def hash32(x: Tensor) -> Tensor:
     """A bijection of 32 bits with little bias: xor-shifts and multiplications with Wellons's lowbias32 constants."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK

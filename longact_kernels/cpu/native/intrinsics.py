@@ -173,21 +173,42 @@ def float_of(typingctx, bits):
     return types.float32(bits), codegen
 
 
+def _word(value):
+    return ir.Constant(_I32, value)
+
+
+def _nearest_bf16(builder, number):
+    bits = builder.bitcast(number, _I32)
+    odd = builder.and_(builder.lshr(bits, _word(16)), _word(1))
+    nearest = builder.lshr(builder.add(builder.add(bits, _word(0x7FFF)), odd), _word(16))
+    is_nan = builder.fcmp_unordered("uno", number, number)
+    return builder.select(is_nan, _word(0x7FC0), nearest)
+
+
 @intrinsic
 def bf16_of(typingctx, number):
     """The bits of the bf16 number nearest to an fp32 number, ties to even."""
 
     def codegen(context, builder, signature, args):
-        def word(value):
-            return ir.Constant(_I32, value)
-
-        bits = builder.bitcast(args[0], _I32)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        nearest = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(is_nan, word(0x7FC0), nearest), ir.IntType(16))
+        return builder.trunc(_nearest_bf16(builder, args[0]), ir.IntType(16))
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def bf16_by_chance(typingctx, number, bits):
+    """The bits of a bf16 neighbour of an fp32 number: the upper one if the lower half of `bits` is too large."""
+
+    def codegen(context, builder, signature, args):
+        number = builder.bitcast(args[0], _I32)
+        noise = builder.and_(args[1], _word(0xFFFF))
+        exponent = _word(0x7F800000)
+        is_finite = builder.icmp_unsigned("!=", builder.and_(number, exponent), exponent)
+        drawn = builder.lshr(builder.add(number, noise), _word(16))
+        chosen = builder.select(is_finite, drawn, _nearest_bf16(builder, args[0]))
+        return builder.trunc(chosen, ir.IntType(16))
+
+    return types.uint16(types.float32, types.uint32), codegen
 
 
 @intrinsic

@@ -7,11 +7,12 @@ differ in the last one or two.
 import math
 
 import numpy as np
-from numba import float32, njit
+from numba import float32, njit, uint32
 
 from longact_kernels.cpu.native import compile_kernel
 from longact_kernels.cpu.native.intrinsics import (
     advance,
+    bf16_by_chance,
     bf16_of,
     float32_at,
     float64_at,
@@ -23,6 +24,7 @@ from longact_kernels.cpu.native.intrinsics import (
     next_task,
     sqrt,
     uint16_at,
+    uint32_at,
 )
 
 # Elements worked on at a time: the fp32 vectors of that many stay in the first-level cache.
@@ -30,7 +32,7 @@ _BLOCK = 1024
 # Neighbouring columns that share a cache line, of which either all are read and written or none.
 _LINE = 16
 # int64 words that describe one weight; see `longact_kernels.cpu.sparse_adamw`, which writes them.
-_WORDS = 21
+_WORDS = 22
 
 _masked_line = masked_adamw(_LINE)
 _masked_single = masked_adamw(1)
@@ -78,29 +80,65 @@ def _read(source, is_bf16, start, count, buffer, scale, sign):
     return buffer
 
 
+@njit
+def _hash(x):
+    x = uint32((x ^ (x >> uint32(16))) * uint32(0x7FEB352D))
+    x = uint32((x ^ (x >> uint32(15))) * uint32(0x846CA68B))
+    return uint32(x ^ (x >> uint32(16)))
+
+
+@njit
+def _key(seed, layer, channel, tau):
+    """As `random_key` of the reference."""
+    key = _hash(uint32(uint32(seed) ^ _hash(uint32(layer))))
+    return _hash(uint32(_hash(uint32(key ^ uint32(channel))) ^ uint32(tau)))
+
+
+@njit
+def _write(target, start, count, numbers, by_chance, key, place, shift):
+    """Numbers as bf16: the nearest ones, or by chance with 16 of each element's bits, from bit `shift` on."""
+    half = advance(uint16_at(target), start)
+    if by_chance:
+        for k in range(count):
+            half[k] = bf16_by_chance(numbers[k], uint32(_hash(uint32(key ^ uint32(place + k))) >> shift))
+    else:
+        for k in range(count):
+            half[k] = bf16_of(numbers[k])
+
+
 @compile_kernel
 def rows(args):
-    """Args: table of weights, scalars, weight number, first and end slot of every task, flag of a wrong index."""
+    """Args: table of weights, scalars, weight number, first and end slot of every task, flag of a wrong index, seed
+    (-1: rounds to nearest)."""
     table, scalars = int64_at(args[2]), float64_at(args[3])
     decay, weight1, beta2, weight2 = _constants(scalars)
     divisor, sign = float32(scalars[5]), float32(scalars[6])
-    scratch = np.empty(2 * _BLOCK, np.float32)
+    scratch = np.empty(4 * _BLOCK, np.float32)
     w_buffer = float32_at(scratch.ctypes.data)
-    g_buffer = advance(w_buffer, _BLOCK)
+    g_buffer, m_buffer, v_buffer = (
+        advance(w_buffer, _BLOCK),
+        advance(w_buffer, 2 * _BLOCK),
+        advance(w_buffer, 3 * _BLOCK),
+    )
+    seed = args[8]
     last_tau = 0
     step_size, floor = float32(0.0), float32(0.0)
     while True:
         task = next_task(args)
         if task >= args[1]:
             break
-        entry = advance(table, int64_at(args[4])[task] * _WORDS)
+        number = int64_at(args[4])[task]
+        entry = advance(table, number * _WORDS)
         weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
         exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
         master, master_stride, step, index = entry[8], entry[9], int32_at(entry[10]), int64_at(entry[11])
         N, K = entry[12], entry[13]
         weight_is_bf16, grad_is_bf16, compact, compact_grad = entry[14], entry[15], entry[16], entry[17]
+        moment_is_bf16 = entry[21]
         for slot in range(int64_at(args[5])[task], int64_at(args[6])[task]):
             row = index[slot]
+            if row == -1:
+                continue
             if row < 0 or row >= N:
                 args[7] = 1
                 continue
@@ -110,6 +148,7 @@ def rows(args):
             if tau != last_tau:
                 step_size, floor = _factors(tau, scalars)
                 last_tau = tau
+            key = _key(seed, number, row, tau)
             for k0 in range(0, K, _BLOCK):
                 count = min(_BLOCK, K - k0)
                 here = row * weight_stride + k0
@@ -119,27 +158,45 @@ def rows(args):
                     w = advance(float32_at(master), state * master_stride + k0)
                 else:
                     w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
-                m = advance(float32_at(exp_avg), state * exp_avg_stride + k0)
-                v = advance(float32_at(exp_avg_sq), state * exp_avg_sq_stride + k0)
+                m_here, v_here = state * exp_avg_stride + k0, state * exp_avg_sq_stride + k0
+                m = _read(exp_avg, moment_is_bf16, m_here, count, m_buffer, float32(0.0), float32(1.0))
+                v = _read(exp_avg_sq, moment_is_bf16, v_here, count, v_buffer, float32(0.0), float32(1.0))
                 for k in range(count):
                     m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
                     m[k], v[k] = m_new, v_new
                     w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
+                if moment_is_bf16:
+                    moment_key = _hash(uint32(key ^ uint32(1)))
+                    _write(exp_avg, m_here, count, m, seed >= 0, moment_key, k0, 16)
+                    _write(exp_avg_sq, v_here, count, v, seed >= 0, moment_key, k0, 0)
                 if weight_is_bf16:
-                    half = advance(uint16_at(weight), here)
-                    for k in range(count):
-                        half[k] = bf16_of(w[k])
+                    _write(weight, here, count, w, seed >= 0 and master == 0, key, k0, 16)
                 elif master != 0:
                     single = advance(float32_at(weight), here)
                     for k in range(count):
                         single[k] = w[k]
 
 
+@njit
+def _write_salient(target, start, count, numbers, floor, by_chance, keys, is_moment, row, shift):
+    """As `_write`, where `floor` is not negative; `keys` are the columns'."""
+    half = advance(uint16_at(target), start)
+    if by_chance:
+        for k in range(count):
+            key = _hash(uint32(keys[k] ^ uint32(1))) if is_moment else keys[k]
+            drawn = bf16_by_chance(numbers[k], uint32(_hash(uint32(key ^ uint32(row))) >> shift))
+            half[k] = drawn if floor[k] >= 0 else half[k]
+    else:
+        for k in range(count):
+            half[k] = bf16_of(numbers[k]) if floor[k] >= 0 else half[k]
+
+
 @compile_kernel
 def column_factors(args):
     """One task a weight: raises τ of its salient columns, and fills its step sizes, floors (-1 where a column is not
-    salient) and runs of neighbouring lines with salient columns: their number, then first and end column of each."""
-    table, scalars = int64_at(args[2]), float64_at(args[3])
+    salient), keys and runs of neighbouring lines with salient columns: their number, then first and end column of
+    each."""
+    table, scalars, seed = int64_at(args[2]), float64_at(args[3]), args[8]
     while True:
         task = next_task(args)
         if task >= args[1]:
@@ -148,11 +205,14 @@ def column_factors(args):
         step, index, K, S = int32_at(entry[10]), int64_at(entry[11]), entry[13], entry[18]
         step_size = float32_at(entry[19])
         floor = advance(step_size, K)
+        keys = uint32_at(entry[19] + 8 * K)
         for k in range(K):
             step_size[k], floor[k] = float32(0.0), float32(-1.0)
         last_tau = 0
         for slot in range(S):
             k = index[slot]
+            if k == -1:
+                continue
             if k < 0 or k >= K:
                 args[7] = 1
                 break
@@ -162,6 +222,7 @@ def column_factors(args):
                 factors = _factors(tau, scalars)
                 last_tau = tau
             step_size[k], floor[k] = factors
+            keys[k] = _key(seed, task, k, tau)
         runs = int64_at(entry[20])
         count, open_run = 0, False
         for line in range(0, K, _LINE):
@@ -184,9 +245,14 @@ def columns(args):
     table, scalars = int64_at(args[2]), float64_at(args[3])
     decay, weight1, beta2, weight2 = _constants(scalars)
     divisor, sign = float32(scalars[5]), float32(scalars[6])
-    scratch = np.empty(2 * _BLOCK, np.float32)
+    scratch = np.empty(4 * _BLOCK, np.float32)
     w_buffer = float32_at(scratch.ctypes.data)
-    g_buffer = advance(w_buffer, _BLOCK)
+    g_buffer, m_buffer, v_buffer = (
+        advance(w_buffer, _BLOCK),
+        advance(w_buffer, 2 * _BLOCK),
+        advance(w_buffer, 3 * _BLOCK),
+    )
+    seed = args[8]
     while True:
         task = next_task(args)
         if task >= args[1]:
@@ -195,7 +261,7 @@ def columns(args):
         weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
         exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
         master, master_stride, K, weight_is_bf16, grad_is_bf16 = entry[8], entry[9], entry[13], entry[14], entry[15]
-        step_sizes, runs = float32_at(entry[19]), int64_at(entry[20])
+        step_sizes, runs, moment_is_bf16 = float32_at(entry[19]), int64_at(entry[20]), entry[21]
         for row in range(int64_at(args[5])[task], int64_at(args[6])[task]):
             for run in range(runs[0]):
                 end = runs[2 * run + 2]
@@ -207,10 +273,12 @@ def columns(args):
                         w = advance(float32_at(master), row * master_stride + k0)
                     else:
                         w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
-                    m = advance(float32_at(exp_avg), row * exp_avg_stride + k0)
-                    v = advance(float32_at(exp_avg_sq), row * exp_avg_sq_stride + k0)
+                    m_here, v_here = row * exp_avg_stride + k0, row * exp_avg_sq_stride + k0
+                    m = _read(exp_avg, moment_is_bf16, m_here, count, m_buffer, float32(0.0), float32(1.0))
+                    v = _read(exp_avg_sq, moment_is_bf16, v_here, count, v_buffer, float32(0.0), float32(1.0))
                     step_size = advance(step_sizes, k0)
                     floor = advance(step_size, K)
+                    keys = uint32_at(entry[19] + 8 * K + 4 * k0)
                     k = 0
                     while k + _LINE <= count:
                         _masked_line(
@@ -224,10 +292,12 @@ def columns(args):
                             advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
                         )  # fmt: skip
                         k += 1
+                    if moment_is_bf16:
+                        _write_salient(exp_avg, m_here, count, m, floor, seed >= 0, keys, True, row, 16)
+                        _write_salient(exp_avg_sq, v_here, count, v, floor, seed >= 0, keys, True, row, 0)
                     if weight_is_bf16:
-                        half = advance(uint16_at(weight), here)
-                        for k in range(count):
-                            half[k] = bf16_of(w[k]) if floor[k] >= 0 else half[k]
+                        by_chance = seed >= 0 and master == 0
+                        _write_salient(weight, here, count, w, floor, by_chance, keys, False, row, 16)
                     elif master != 0:
                         single = advance(float32_at(weight), here)
                         for k in range(count):
