@@ -23,6 +23,7 @@ from longact_kernels.rl.callbacks import read_metrics
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+DTYPES = ("bfloat16", "float16", "float32", "auto")
 VERSIONS = ("longact_kernels", "torch", "transformers")
 
 
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             type=share,
             help="share of each head's channels that is salient (default: the run's where MODEL is one, else 0.3)",
         )
-        self.add_argument("--dtype", default="bfloat16", help="of the weights, or auto (default bfloat16)")
+        self.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
         self.add_argument(
             "--trust_remote_code", action="store_true", help="run code that the model's repository brings"
         )

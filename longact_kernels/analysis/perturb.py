@@ -72,7 +72,12 @@ class Perturbation:
         self.arguments = parser.parse_args(argv)
         self.console = console
         self.subject = load(self.arguments, "perturb", console)
-        self.subject.check("task_length", self.arguments.task_length + self.arguments.max_completion_length)
+        length, answer = self.arguments.task_length, self.arguments.max_completion_length
+        if length + answer > self.subject.context:
+            raise ValueError(
+                f"task_length: got {length} and {answer} of the answer, but the model reads {self.subject.context} "
+                "tokens at most"
+            )
         with console.status("making prompts"):
             self.prompts = build_dataset(
                 self.arguments.task,
@@ -115,6 +120,8 @@ class Perturbation:
                 found.append(record(arm, nll, answers))
                 # After every arm: what an interrupt leaves is still of use.
                 subject.write("perturb.json", self.results(found))
+                if not self.console.is_terminal:
+                    self.console.print(f"{arm.name}: perplexity {found[-1]['perplexity']:,.1f}, {answers.accuracy:.3f}")
         with rc_context(LIGHT):
             (subject.folder / "perturb.png").write_bytes(png(figures.perturbation(self.results(found))))
         self.console.print(summary(self.results(found)))

@@ -39,7 +39,7 @@ def load_domains(paths: list[str]) -> list[Domain]:
     if not paths:
         return [
             Domain("documentation", "the language reference in Python's pydoc_data.topics", documentation),
-            Domain("code", "the modules of Python's standard library", lambda: read(sorted_files(STDLIB, "[a-z]*.py"))),
+            Domain("code", "the modules of Python's standard library", lambda: read(sorted(STDLIB.glob("[a-z]*.py")))),
             Domain("needles", "RULER's niah_multikey_2: lines that each name a magic number", needles),
         ]
     return [from_path(path, alone=[Path(p).stem for p in paths].count(Path(path).stem) == 1) for path in paths]
@@ -56,16 +56,12 @@ def needles() -> Iterator[str]:
     return (make(random.Random(f"analysis/{i}"), 500, Setting(length=0)).question for i in itertools.count())
 
 
-def sorted_files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.rglob(pattern) if path.is_file())
-
-
 def from_path(name: str, alone: bool) -> Domain:
     """The domain of a file or folder; called by its whole path if another has the same last name."""
     path = Path(name)
     if not path.exists():
         raise ValueError(f"text: there is no file or folder {name}")
-    files = [path] if path.is_file() else sorted_files(path, "*")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not any(True for _ in read(files)):
         raise ValueError(f"text: {name} holds no text; needed a UTF-8 text file, or a folder with some")
     return Domain(path.resolve().stem if alone else name, name, lambda: read(files))
