@@ -28,7 +28,6 @@ class SalientChannels:
         axis: what a channel is: one of the projection's output ("rows") or input ("columns").
         transposed: whether the weight is stored [in_features, out_features].
         rows: the set, int64 [size] ascending, behind its empty slots (-1); None until the first refresh.
-        grad: fp32 accumulator of the set's gradient, where the controller keeps those in place of whole gradients.
         fixed: whether the set holds for the step under way, so that backward may compute its channels alone.
         fed: whether a training forward has come since the last refresh.
     """
@@ -41,7 +40,6 @@ class SalientChannels:
     axis: Axis
     transposed: bool
     rows: Tensor | None = None
-    grad: Tensor | None = None
     fixed: bool = False
     fed: bool = False
 
@@ -49,6 +47,11 @@ class SalientChannels:
     def dim(self) -> int:
         """The dimension of the stored weight that the channels lie along."""
         return int((self.axis == "columns") != self.transposed)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The fp32 accumulator of the set's gradient, where the controller keeps those in place of whole gradients."""
+        return self.owner.grad_of.get(self.name)
 
 
 controllers: weakref.WeakSet[LongAct] = weakref.WeakSet()

@@ -258,7 +258,7 @@ class SalientAdamW(Optimizer):
         self._follow_sets(params)
         for dim, axis in enumerate(_AXES):
             entries = [
-                (p.detach(), salient.grad if p.grad is None else p.grad, salient.rows, self.state[p])
+                (p.detach(), p.grad if salient.grad is None else salient.grad, salient.rows, self.state[p])
                 for p, salient in params
                 if salient.dim == dim
             ]
@@ -396,7 +396,8 @@ class SalientAdamW(Optimizer):
         pairs = [(p, state_dict["state"][i]) for p, i in ids if i in state_dict["state"]]
         if any("max_exp_avg_sq" in state for _, state in pairs):
             raise ValueError("load_state_dict: saved with amsgrad=True, which SalientAdamW does not have")
-        foreign = not any("salient_steps" in state for _, state in pairs)
+        # A dense run's has no salient sets, but masters or steps of rows.
+        foreign = not any("salient_steps" in state or "master" in state or state["step"].ndim for _, state in pairs)
         for p, state in pairs:
             if id(p) in salient and not foreign:
                 salient[id(p)].owner.check_state_for(salient[id(p)], state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class LongAct:
         self._sets_before: list[Tensor | None] = []
         self._first_sets: list[Tensor] = []
         self.grads: Tensor | None = None
+        self.grad_of: dict[str, Tensor] = {}
         self._reduced = False
         self._alike = False  # whether all ranks have the same salient weights
         self._undo: list[Any] = []
@@ -236,14 +238,21 @@ class LongAct:
         )
         self._saliency = None if self._saliency is None else self._saliency.to(device)
         self._source = None if self._source is None else self._source.to(device)
+        self.grads = None if self.grads is None else self.grads.to(device)
+        for salient in self._salient():
+            salient.rows = None if salient.rows is None else salient.rows.to(device)
+        self._view()
+
+    def _view(self) -> None:
+        """Makes the layers' views into the flat buffers; a pickle does not keep them views."""
         sizes = self._segments.tolist()
         parts = zip(self._absmax.split(sizes), self._l2_sum.split(sizes), self._sequences, strict=True)
         l2 = self.statistic == "l2"
         self._stats = [RunningStats(absmax, *((l2_sum, n) if l2 else ())) for absmax, l2_sum, n in parts]
-        for salient in self._salient():
-            salient.rows = None if salient.rows is None else salient.rows.to(device)
         if self.grads is not None:
-            self._allocate_grads()
+            shapes = {name: part.shape for name, part in self.grad_of.items()}
+            flat = self.grads.split([math.prod(shape) for shape in shapes.values()])
+            self.grad_of = {name: part.view(shapes[name]) for name, part in zip(shapes, flat, strict=True)}
 
     def _salient(self) -> Iterator[SalientChannels]:
         return (layer.salient for layer in self.layers.values())
@@ -386,15 +395,12 @@ class LongAct:
     # Compact gradients
 
     def _allocate_grads(self) -> None:
-        shapes = []
-        for layer, salient in zip(self.layers.values(), self._salient(), strict=True):
+        for layer in self.layers.values():
             shape = list(layer.weight.shape)
-            shape[salient.dim] = salient.size
-            shapes.append(shape)
-        sizes = [shape[0] * shape[1] for shape in shapes]
-        self.grads = torch.zeros(sum(sizes), device=self._absmax.device)
-        for salient, part, shape in zip(self._salient(), self.grads.split(sizes), shapes, strict=True):
-            salient.grad = part.view(shape)
+            shape[layer.salient.dim] = layer.salient.size
+            self.grad_of[layer.salient.name] = torch.empty(shape, device="meta")
+        self.grads = torch.zeros(sum(part.numel() for part in self.grad_of.values()), device=self._absmax.device)
+        self._view()
 
     def _reduce(self) -> None:
         """Averages the gradients of all ranks, once a step."""
@@ -484,6 +490,7 @@ class LongAct:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a model has a controller of its own, the copy of this one."""
         self.__dict__.update(state)
+        self._view()
         controllers.add(self)
 
     # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
