@@ -11,6 +11,7 @@ from longact_kernels.cpu.native.intrinsics import (
     float64_at,
     int64_at,
     next_task,
+    prefetch_of,
     squares_of_four,
     uint8_at,
     uint16_at,
@@ -21,55 +22,69 @@ _LANES = 64
 # Tokens whose squares are summed in fp32 before that sum goes to fp64.
 _RUN = 64
 
+_prefetch = prefetch_of(_LANES)
 _absmax_vector = absmax_of_four(_LANES)
 _absmax_single = absmax_of_four(1)
 _squares_vector = squares_of_four(_LANES)
 _squares_single = squares_of_four(1)
 
 
-@njit
-def _chunk(y, stride, N, first, end, mask, sign, zero, absmax, sumsq, run, l2):
-    """Adds the tokens [first, end) to `absmax` and `sumsq`; `sign` is the bit mask that takes the sign away."""
-    last = end - 1
-    for start in range(first, end, _RUN):
-        if l2:
-            for n in range(N):
-                run[n] = 0
-        for t in range(start, min(start + _RUN, end), 4):
-            # Beyond the last token a group of four reads that one again and keeps none of its bits.
-            t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
-            k0 = sign
-            k1, k2, k3 = (
-                (sign if t + 1 <= last else zero),
-                (sign if t + 2 <= last else zero),
-                (sign if t + 3 <= last else zero),
-            )
-            if mask != 0:
-                kept = uint8_at(mask)
-                k0, k1 = (k0 if kept[t] else zero), (k1 if kept[t1] else zero)
-                k2, k3 = (k2 if kept[t2] else zero), (k3 if kept[t3] else zero)
-            y0, y1, y2, y3 = (
-                advance(y, t * stride),
-                advance(y, t1 * stride),
-                advance(y, t2 * stride),
-                advance(y, t3 * stride),
-            )
-            n = 0
-            while n + _LANES <= N:
-                a, b, c, d = advance(y0, n), advance(y1, n), advance(y2, n), advance(y3, n)
-                _absmax_vector(advance(absmax, n), a, b, c, d, k0, k1, k2, k3)
-                if l2:
-                    _squares_vector(advance(run, n), a, b, c, d, k0, k1, k2, k3)
-                n += _LANES
-            while n < N:
-                a, b, c, d = advance(y0, n), advance(y1, n), advance(y2, n), advance(y3, n)
-                _absmax_single(advance(absmax, n), a, b, c, d, k0, k1, k2, k3)
-                if l2:
-                    _squares_single(advance(run, n), a, b, c, d, k0, k1, k2, k3)
-                n += 1
-        if l2:
-            for n in range(N):
-                sumsq[n] += run[n]
+def _chunk_kernel(l2):
+    # Known when it is compiled, so that the loop of absmax alone keeps its masks in registers.
+    @njit
+    def _chunk(y, stride, N, first, end, mask, sign, zero, absmax, sumsq, run):
+        """Adds the tokens [first, end) to `absmax` and `sumsq`; `sign` is the bit mask that takes the sign away."""
+        last = end - 1
+        for start in range(first, end, _RUN):
+            if l2:
+                for n in range(N):
+                    run[n] = 0
+            for t in range(start, min(start + _RUN, end), 4):
+                # Beyond the last token a group of four reads that one again and keeps none of its bits.
+                t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+                k0 = sign
+                k1, k2, k3 = (
+                    (sign if t + 1 <= last else zero),
+                    (sign if t + 2 <= last else zero),
+                    (sign if t + 3 <= last else zero),
+                )
+                if mask != 0:
+                    kept = uint8_at(mask)
+                    k0, k1 = (k0 if kept[t] else zero), (k1 if kept[t1] else zero)
+                    k2, k3 = (k2 if kept[t2] else zero), (k3 if kept[t3] else zero)
+                y0, y1, y2, y3 = (
+                    advance(y, t * stride),
+                    advance(y, t1 * stride),
+                    advance(y, t2 * stride),
+                    advance(y, t3 * stride),
+                )
+                n = 0
+                while n + _LANES <= N:
+                    a, b, c, d = advance(y0, n), advance(y1, n), advance(y2, n), advance(y3, n)
+                    # Hardware looks ahead within a page, and a token is often a page of its own.
+                    _prefetch(advance(a, 4 * stride))
+                    _prefetch(advance(b, 4 * stride))
+                    _prefetch(advance(c, 4 * stride))
+                    _prefetch(advance(d, 4 * stride))
+                    _absmax_vector(advance(absmax, n), a, b, c, d, k0, k1, k2, k3)
+                    if l2:
+                        _squares_vector(advance(run, n), a, b, c, d, k0, k1, k2, k3)
+                    n += _LANES
+                while n < N:
+                    a, b, c, d = advance(y0, n), advance(y1, n), advance(y2, n), advance(y3, n)
+                    _absmax_single(advance(absmax, n), a, b, c, d, k0, k1, k2, k3)
+                    if l2:
+                        _squares_single(advance(run, n), a, b, c, d, k0, k1, k2, k3)
+                    n += 1
+            if l2:
+                for n in range(N):
+                    sumsq[n] += run[n]
+
+    return _chunk
+
+
+_absmax = _chunk_kernel(l2=False)
+_both = _chunk_kernel(l2=True)
 
 
 @compile_kernel
@@ -79,7 +94,6 @@ def channel_stats(args):
     y, width, stride, N, mask, firsts, ends, absmax, sumsq = (
         args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9], args[10],
     )  # fmt: skip
-    l2 = sumsq != 0
     buffer = np.empty(N, np.float32)
     run = float32_at(buffer.ctypes.data)
     while True:
@@ -89,8 +103,14 @@ def channel_stats(args):
         first, end = int64_at(firsts)[task], int64_at(ends)[task]
         squares = advance(float64_at(sumsq), task * N)
         if width == 2:
-            peak = advance(uint16_at(absmax), task * N)
-            _chunk(uint16_at(y), stride, N, first, end, mask, uint16(0x7FFF), uint16(0), peak, squares, run, l2)
+            source, peak, sign, zero = uint16_at(y), advance(uint16_at(absmax), task * N), uint16(0x7FFF), uint16(0)
+            if sumsq != 0:
+                _both(source, stride, N, first, end, mask, sign, zero, peak, squares, run)
+            else:
+                _absmax(source, stride, N, first, end, mask, sign, zero, peak, squares, run)
         else:
-            peak = advance(uint32_at(absmax), task * N)
-            _chunk(uint32_at(y), stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), peak, squares, run, l2)
+            words, tops = uint32_at(y), advance(uint32_at(absmax), task * N)
+            if sumsq != 0:
+                _both(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, squares, run)
+            else:
+                _absmax(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, squares, run)

@@ -7,6 +7,7 @@ from numba.extending import intrinsic
 
 _I32 = ir.IntType(32)
 _F32 = ir.FloatType()
+_BYTES = ir.IntType(8).as_pointer()
 
 
 @intrinsic
@@ -66,6 +67,26 @@ def _masked(builder, pointers, keeps, lanes):
         first = builder.insert_element(ir.Constant(bits.type, ir.Undefined), keep, ir.Constant(_I32, 0))
         splat = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
         yield builder.and_(bits, splat)
+
+
+def prefetch_of(lanes):
+    """Makes `f(pointer)`: asks for the cache lines of `lanes` elements, at any address, valid or not."""
+
+    @intrinsic
+    def prefetch(typingctx, pointer):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            start = builder.bitcast(args[0], _BYTES)
+            for offset in range(0, lanes * args[0].type.pointee.width // 8, 64):
+                line = builder.gep(start, [ir.Constant(_I32, offset)])
+                # To read (0), to be kept near (3), as data (1).
+                builder.call(function, [line, *(ir.Constant(_I32, value) for value in (0, 3, 1))])
+            return context.get_dummy_value()
+
+        return types.void(pointer), codegen
+
+    return prefetch
 
 
 def _tree(builder, combine, values):
