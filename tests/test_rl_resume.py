@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import signal
+import sys
+import types
 
 import pytest
 import tiny
@@ -37,23 +39,25 @@ def arguments(folder, output, *more):
         "save_steps": 1,
         "learning_rate": 1e-3,
         "use_cpu": True,
+        "reward": "reward_of_this_test:reward",
     }
     return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
 
 
-def reward(stop_in_step=None):
-    """Share of even bytes, which random completions earn too; raises SIGINT in a step if asked."""
-    calls = []
+def rewarding(patch, stop_in_step=None):
+    """Makes the reward 1 where most bytes are even: half of the time. SIGINT comes in a step if asked."""
 
-    def even_bytes(completions, **_):
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        calls.append(texts)
-        # The first call is that of the evaluation before training.
-        if stop_in_step is not None and len(calls) == 1 + stop_in_step:
+    stopped = []
+
+    def reward(completions, trainer_state=None, **_):
+        # The evaluations have no state; a step that takes other prompts calls again.
+        if trainer_state is not None and trainer_state.global_step + 1 == stop_in_step and not stopped:
+            stopped.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in texts]
+        texts = [completion[0]["content"] for completion in completions]
+        return [float(sum(ord(c) % 2 == 0 for c in text) > len(text) / 2) for text in texts]
 
-    return even_bytes
+    patch.setitem(sys.modules, "reward_of_this_test", types.SimpleNamespace(reward=reward))
 
 
 @pytest.fixture(scope="module", params=["lagged compact", "current full", "dense"])
@@ -66,13 +70,13 @@ def runs(request, folder, tmp_path_factory):
     }[request.param]
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "string_match", reward())
+        rewarding(patch)
         assert driver.train(arguments(folder, root / "whole", *more)) == 0
-        patch.setattr(driver, "string_match", reward(STOPPED_IN))
+        rewarding(patch, STOPPED_IN)
         printed = []
         patch.setattr(driver.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
         assert driver.train(arguments(folder, root / "stopped", *more)) == driver.INTERRUPTED
-        patch.setattr(driver, "string_match", reward())
+        rewarding(patch)
         command = shlex.split(printed[-1])
         assert command[:2] == ["longact", "train"]
         assert [path.name for path in (root / "stopped").glob("checkpoint-*")].count(f"checkpoint-{STOPPED_IN}") == 1
@@ -132,6 +136,8 @@ def test_the_metrics_are_one_run_s(runs):
     for record in (*whole, *stopped):
         record.pop("churn", None) if record.get("churn") is None else None
     assert whole == stopped
+    # Among the steps are some that had to take other prompts.
+    assert any(record["dynamic_sampling/replaced"] for record in whole)
     assert (runs[0] / "accuracy_before.json").read_text() == (runs[1] / "accuracy_before.json").read_text()
 
 
@@ -146,7 +152,7 @@ def test_the_model_is_an_ordinary_checkpoint(runs):
 
 
 def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
-    monkeypatch.setattr(driver, "string_match", reward())
+    rewarding(monkeypatch)
     run = runs[0]
     kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "model/model.safetensors")}
     held = json.loads((run / "run.json").read_text())

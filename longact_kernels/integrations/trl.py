@@ -1,67 +1,30 @@
 """`LongActGRPOTrainer`: TRL's GRPO trainer with LongAct's optimizer, reading a group's prompt once."""
 
-from typing import Any
-
-import torch
-from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.integrations.dynamic_sampling import DynamicSamplingTrainer
 from longact_kernels.integrations.generation import encode_prompts, generate, score
-from longact_kernels.optim import State
+from longact_kernels.integrations.trainer import LongActTrainerMixin
 
 
-class LongActGRPOTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer` with `SalientAdamW`, sparse or (with `longact=None`) dense.
+class LongActGRPOTrainer(LongActTrainerMixin, DynamicSamplingTrainer):
+    """TRL's `GRPOTrainer` with `SalientAdamW`, sparse or (with `longact=None`) dense, and with dynamic sampling.
 
     Where one process holds the whole model, without activation checkpointing, a group's prompt is read once, both to
-    generate and to train. With LongAct, the logs also hold the layers' mean `churn`. In all else it is TRL's: the
-    algorithms and options of `GRPOConfig` work, except `optim`.
+    generate and to train. In all else it is TRL's: the algorithms and options of `GRPOConfig` work, except `optim`.
 
     Args:
-        longact: the controller of the model's salient sets; `None` trains densely with the same optimizer.
-        optimizer_state: `state` of `SalientAdamW`.
-        kwargs: of `GRPOTrainer`.
+        kwargs: of `LongActTrainerMixin` and of `DynamicSamplingTrainer`.
     """
-
-    optimizer: Any
-
-    def __init__(self, *, longact: LongAct | None, optimizer_state: State = "full", args: GRPOConfig, **kwargs):
-        self.longact = longact
-        self.optimizer_state = optimizer_state
-        super().__init__(args=args, **kwargs)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for name, p in trained if name in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-            ]
-            self.optimizer = SalientAdamW(
-                [group for group in groups if group["params"]],
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                longact=self.longact,
-                state=self.optimizer_state,
-                fused=True,  # as the Trainer's own default
-            )
-        return self.optimizer
-
-    def _clip_grad_norm(self, model):
-        # The norm that clipping sees must be that of the update: rows outside the salient sets do not count.
-        if self.longact is not None:
-            self.longact.mask_gradients()
-        return super()._clip_grad_norm(model)
 
     def _tokenize_prompts(self, prompts: list):
         # TRL itself always opens a new assistant turn, also after a prompt that ends with the answer's beginning.
         if self._is_vlm or self.tools or self.environment_factories is not None:
             return super()._tokenize_prompts(prompts)
-        return encode_prompts(self._tokenizer, prompts, **self.chat_template_kwargs), None, {}
+        ids = encode_prompts(self._tokenizer, prompts, **self.chat_template_kwargs)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["prompts/mean_length"].append(sum(map(len, ids)) / len(ids))
+        return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if (
@@ -104,9 +67,3 @@ class LongActGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: the run's folder has its own report."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        churn = self.longact.churn if self.longact is not None else {}
-        if churn and "loss" in logs:
-            logs["churn"] = sum(churn.values()) / len(churn)
-        super().log(logs, start_time)

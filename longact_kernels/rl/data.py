@@ -1,13 +1,15 @@
 """Rows of the user's own: a file of JSON lines, or a data set on the Hub."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 
-def read_rows(source: str, argument: str) -> list[dict]:
-    """All rows of a file of JSON lines, or of the training split of a data set on the Hub.
+@cache
+def read_rows(source: str, argument: str) -> tuple[dict, ...]:
+    """All rows of a file of JSON lines, or of the training split of a data set on the Hub; read once a run.
 
     Args:
         source: a path, or `user/name` or `user/name:configuration`.
@@ -20,7 +22,7 @@ def read_rows(source: str, argument: str) -> list[dict]:
     rows = read_json_lines(path, argument) if path.exists() else read_from_hub(source, argument)
     if not rows:
         raise ValueError(f"{argument}: there is nothing in {source}")
-    return rows
+    return tuple(rows)
 
 
 def read_json_lines(path: Path, argument: str) -> list[dict]:

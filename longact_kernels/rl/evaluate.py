@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from longact_kernels.integrations.generation import encode_prompts, generate
+from longact_kernels.integrations.generation import Prompt, encode_prompts, generate
+from longact_kernels.rl.rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict],
-    reward: Callable[..., list[float]],
+    reward: Reward,
     *,
     max_completion_length: int,
     eos_token_id: list[int],
@@ -44,8 +45,8 @@ def evaluate(
 
     Args:
         model, tokenizer: what to evaluate.
-        rows: of `build_dataset`.
-        reward: as TRL calls it.
+        rows: with `prompt`, and what else the reward wants.
+        reward: called as TRL calls it; `None`, for what it cannot score, counts as 0.
         max_completion_length: new tokens at most.
         eos_token_id: the tokens that end an answer.
         batch_size: prompts at a time.
@@ -65,11 +66,24 @@ def evaluate(
         with torch.random.fork_rng():
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                ids = generate(model, encode_prompts(tokenizer, [row["prompt"] for row in batch]), config)
+                prompts = [row["prompt"] for row in batch]
+                ids = generate(model, encode_prompts(tokenizer, prompts), config)
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                rewards += reward(completions=texts, answers=[row["answers"] for row in batch])
+                columns = {key: [row[key] for row in batch] for key in batch[0] if key != "prompt"}
+                scores = reward(
+                    prompts=prompts,
+                    completions=[in_form_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+                    completion_ids=ids,
+                    **columns,
+                )
+                rewards += [float(score or 0) for score in scores]
                 completions += texts
                 advance(len(batch))
     finally:
         model.train(was_training)
     return Evaluation(rewards, completions)
+
+
+def in_form_of(prompt: Prompt, text: str) -> Prompt:
+    """A completion as TRL hands it to a reward: a message where the prompt is messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -69,7 +69,10 @@ def reward_figure(metrics: list[dict], before: Evaluation, after: Evaluation) ->
         lw=1.2,
         label="greedy on held-out prompts (± standard error)",
     )
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
+    axes.set(xlabel="step", ylabel="mean reward")
+    # Rewards of the user's own, and punishments, may leave the range of the others.
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0) if low < -0.1 else 0, max(high, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure

@@ -60,7 +60,7 @@ def summarize(
     churn = [record["churn"] for record in metrics if "churn" in record]
     return {
         "model": arguments.model,
-        "task": arguments.task,
+        "task": arguments.subject,
         "parameters": model.num_parameters(),
         "steps": metrics[-1]["step"] if metrics else 0,
         "accuracy": {
@@ -188,7 +188,7 @@ def page(summary: dict, figures: str, rows: list[dict], before: Evaluation, afte
     answers = [
         [
             question_of(rows[i]["prompt"]),
-            escape(", ".join(rows[i]["answers"])),
+            escape(", ".join(rows[i].get("answers", []))),
             *(
                 f"<span class='{'right' if e.rewards[i] == 1 else ''}'>{escape(e.completions[i].strip())}</span>"
                 for e in (before, after)

@@ -2,13 +2,16 @@
 
 import shlex
 import sys
+from functools import partial
+from importlib.util import find_spec
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 from trl import GRPOConfig
+from trl.rewards import get_soft_overlong_punishment
 
 from longact_kernels import LongAct
 from longact_kernels.integrations.transformers import load_model
@@ -17,9 +20,10 @@ from longact_kernels.rl.arguments import TrainArguments, parse
 from longact_kernels.rl.callbacks import GracefulInterrupt, MetricsFile, TrainingProgress, progress_bar, read_metrics
 from longact_kernels.rl.evaluate import Evaluation, evaluate
 from longact_kernels.rl.folder import RunFolder
+from longact_kernels.rl.prompts import make_prompts, read_sources
 from longact_kernels.rl.report import summarize, summary_table, write_report
-from longact_kernels.rl.rewards import string_match
-from longact_kernels.rl.tasks import build_dataset
+from longact_kernels.rl.rewards import Reward, load_reward, string_match_any
+from longact_kernels.rl.tasks import TASKS
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -63,6 +67,10 @@ class Run:
     def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
         self.arguments, self.training, self.console = arguments, training, console
         self.folder = RunFolder(training.output_dir, arguments)
+        check_packages(training)
+        build_longact(small_model(), arguments, training.seed)
+        self.reward = reward_of(arguments)
+        prompts = read_sources(arguments)
         self.interrupt = GracefulInterrupt(console)
         self.progress = TrainingProgress(console)
         disable_progress_bars()
@@ -73,17 +81,22 @@ class Run:
                 trust_remote_code=training.trust_remote_code,
                 **(training.model_init_kwargs or {}),
             )
-            self.longact = build_longact(self.model, arguments)
-            self.held_out = self.prompts("test", arguments.eval_prompts)
-            self.trainer = LongActGRPOTrainer(
-                longact=self.longact,
-                optimizer_state=arguments.state,
-                model=self.model,
-                args=training,
-                reward_funcs=string_match,
-                train_dataset=Dataset.from_list(self.prompts("train", arguments.train_prompts)),
-                processing_class=self.tokenizer,
-            )
+            self.longact = build_longact(self.model, arguments, training.seed)
+        with progress_bar(console) as bar:
+            advance = partial(bar.advance, bar.add_task("prompts", total=prompts, note=arguments.subject))
+            train_dataset, self.held_out = make_prompts(arguments, training, self.tokenizer, advance)
+        punishment = int(arguments.overlong_share * training.max_completion_length)
+        overlong = [get_soft_overlong_punishment(training.max_completion_length, punishment)] if punishment else []
+        self.trainer = LongActGRPOTrainer(
+            longact=self.longact,
+            optimizer_state=arguments.state,
+            dynamic_sampling_rounds=arguments.dynamic_sampling_rounds,
+            model=self.model,
+            args=training,
+            reward_funcs=[self.reward, *overlong],
+            train_dataset=train_dataset,
+            processing_class=self.tokenizer,
+        )
         self.folder.begin()
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.remove_callback(ProgressCallback)
@@ -94,17 +107,6 @@ class Run:
         ):
             self.trainer.add_callback(callback)
 
-    def prompts(self, split: str, count: int) -> list[dict]:
-        return build_dataset(
-            self.arguments.task,
-            self.tokenizer,
-            split=split,
-            count=count,
-            seed=self.arguments.task_seed,
-            length=self.arguments.length,
-            needles=self.arguments.needles,
-        )
-
     def evaluate(self, when: str) -> Evaluation:
         with progress_bar(self.console) as bar:
             row = bar.add_task(f"accuracy {when}", total=len(self.held_out), note=f"{len(self.held_out)} prompts")
@@ -112,7 +114,7 @@ class Run:
                 self.model,
                 self.tokenizer,
                 self.held_out,
-                string_match,
+                self.reward,
                 max_completion_length=self.training.max_completion_length,
                 eos_token_id=self.trainer.eos_token_ids,
                 batch_size=self.training.per_device_eval_batch_size,
@@ -155,15 +157,33 @@ class Run:
             self.console.print(self.folder.path / name, soft_wrap=True, markup=False)
 
 
-def build_longact(model: PreTrainedModel, arguments: TrainArguments) -> LongAct | None:
+def build_longact(model: PreTrainedModel, arguments: TrainArguments, seed: int) -> LongAct | None:
     """The controller that the arguments ask for; `None` with `--no-longact`."""
-    if not arguments.longact:
-        return None
-    return LongAct(
-        model,
-        density=arguments.density,
-        statistic=arguments.statistic,
-        scope=arguments.scope,
-        selection=arguments.selection,
-        refresh_every=arguments.refresh_every,
-    )
+    return LongAct(model, **arguments.longact_options(), seed=seed) if arguments.longact else None
+
+
+def small_model() -> PreTrainedModel:
+    """What is wrong with LongAct's arguments shows on this one, before a large one is loaded."""
+    config = Qwen3Config(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1, head_dim=32)
+    return Qwen3ForCausalLM(config)
+
+
+def reward_of(arguments: TrainArguments) -> Reward:
+    """The user's reward, or else the task's."""
+    if arguments.reward:
+        return load_reward(arguments.reward)
+    return TASKS[arguments.task].reward if arguments.task else string_match_any
+
+
+def check_packages(training: GRPOConfig) -> None:
+    """Whether what the options need is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    needed = {name: "report_to" for name in training.report_to if name in ("tensorboard", "wandb", "trackio")}
+    if training.use_vllm:
+        needed["vllm"] = "use_vllm"
+    for package, option in needed.items():
+        if find_spec(package) is None:
+            raise ValueError(f"{option}: {package} is not installed; run pip install {package}")

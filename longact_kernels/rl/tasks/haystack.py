@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from longact_kernels.rl.data import read_rows
@@ -40,6 +41,7 @@ def scatter(rng: random.Random, pieces: list[str], needles: list[str]) -> list[s
     return text
 
 
+@cache
 def read_haystack(source: str) -> Haystack:
     """The haystack that `--haystack` names.
 
