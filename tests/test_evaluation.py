@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import tiny
 from scipy.stats import binom
 
 lm_eval = pytest.importorskip("lm_eval", reason="longact eval needs the extra `eval`")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from longact_kernels.cli import main  # noqa: E402
 from longact_kernels.evaluation import data, evaluate, tasks  # noqa: E402
@@ -84,7 +87,9 @@ def test_what_lm_eval_finds_by_itself(model, tmp_path):
     """The same documents, answers and scores as `lm_eval.simple_evaluate` in its own way."""
     words = ("--tasks", "ruler_cwe,niah_single_1", "--lengths", "1024", "--limit", "3", "--output", tmp_path / "out")
     assert longact_eval(model, *words) == 0
-    # Away from its defaults, whatever was drawn before.
+    metadata = {"max_seq_lengths": [1024], "tokenizer": str(model)}
+    ruler = Path(next(iter(lm_eval.tasks.__path__))) / "ruler"
+    # Whatever was drawn before.
     random.seed(99)
     found = lm_eval.simple_evaluate(
         model="hf",
@@ -92,7 +97,7 @@ def test_what_lm_eval_finds_by_itself(model, tmp_path):
         device="cpu",
         batch_size=4,
         tasks=["niah_single_1"],
-        metadata={"max_seq_lengths": [1024], "tokenizer": str(model)},
+        task_manager=TaskManager(include_defaults=False, include_path=ruler, metadata=metadata),
         apply_chat_template=True,
         limit=3,
         bootstrap_iters=0,
@@ -205,7 +210,7 @@ def test_longbench_in_both_forms(model, longbench, monkeypatch):
 
     monkeypatch.setattr(evaluate.Reader, "generate_until", generate)
     assert longact_eval(model, "--tasks", "longbench2,longbench2_generate", "--output", "out") == 0
-    found = ResultFolder(evaluate.Path("out"))
+    found = ResultFolder(Path("out"))
     official = found.read("longbench2_generate", None)
     assert official.scores == [0, 1, 0, 0] and official.metric == "acc"
     assert "official form" in official.notes[0]
@@ -260,7 +265,7 @@ def test_bootstrap_of_a_mean_over_tasks_resamples_each_task():
     # Of independent means, by the normal approximation, which these sizes allow.
     error = np.sqrt(sum(values.var() / len(values) for values in tasks_)) / 3
     center = np.mean([values.mean() for values in tasks_])
-    assert (low, high) == pytest.approx((center - 1.96 * error, center + 1.96 * error), abs=0.06 * error)
+    assert (low, high) == pytest.approx((center - 1.96 * error, center + 1.96 * error), abs=0.1 * error)
 
 
 def test_a_single_document_has_no_interval():
@@ -290,7 +295,12 @@ def test_only_shared_documents_are_compared():
         (["MODEL", "--limit", "0"], "limit: got 0, needed 1 or more"),
         (["MODEL", "--batch_size", "-1"], "batch_size: got -1"),
         (["MODEL", "--tasks", ","], "tasks: none given"),
-        (["MODEL", "--tasks", "niah_single_4"], "lm-eval has no 'niah_single_4'; did you mean 'niah_single_1'?"),
+        # lm-eval reads thousands of files before it knows that it has no such task.
+        pytest.param(
+            ["MODEL", "--tasks", "longbench3"],
+            "lm-eval has no 'longbench3'; did you mean 'longbench2'?",
+            marks=pytest.mark.slow,
+        ),
         (["no-such-user/no-such-model", "--tasks", "niah_single_1"], "could not load 'no-such-user/no-such-model'"),
         (["MODEL", "--tasks", "niah_single_1", "--output", "MODEL"], "not from longact eval; name another --output"),
     ],
