@@ -1,0 +1,296 @@
+"""transformers' Trainer and TRL's SFTTrainer with LongAct, by the callback and by the mixin."""
+
+import pytest
+import tiny
+import torch
+from conftest import tiny_model, tokens
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from longact_kernels import LongAct, SalientAdamW, SalientLinear
+from longact_kernels.integrations.trainer import LongActCallback, LongActTrainerMixin
+
+DATA = [{"input_ids": row, "labels": row} for row in tokens(64)]
+
+
+class SparseTrainer(LongActTrainerMixin, Trainer):
+    pass
+
+
+class SparseSFTTrainer(LongActTrainerMixin, SFTTrainer):
+    pass
+
+
+class SparseGRPOTrainer(LongActTrainerMixin, GRPOTrainer):
+    pass
+
+
+class Log(TrainerCallback):
+    """What a reporter sees: it comes before all other callbacks."""
+
+    def __init__(self):
+        self.records = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.records.append(dict(logs))
+
+
+def arguments(folder, kind=TrainingArguments, **changes):
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return kind(output_dir=str(folder), **{**defaults, **changes})
+
+
+def by_callback(model, longact, args, **options):
+    return Trainer(model=model, args=args, train_dataset=DATA, callbacks=[LongActCallback(longact)], **options)
+
+
+def by_mixin(model, longact, args, **options):
+    return SparseTrainer(model=model, longact=longact, args=args, train_dataset=DATA, **options)
+
+
+def sets(longact) -> dict[str, list[int]]:
+    return {name: layer.salient.rows.tolist() for name, layer in longact.layers.items()}
+
+
+def assert_same_weights(model, other) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def moved_rows(model):
+    """Of the query and key weights, which rows are no longer those of a fresh model."""
+    for (name, p), start in zip(model.named_parameters(), tiny_model().parameters(), strict=True):
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            yield (p != start).any(1)
+
+
+def groups(model, decay=0.1):
+    """The Trainer's: no decay of norms and biases."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    return [{"params": decayed, "weight_decay": decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+
+
+def plain_loop(folder, longact_options, batches=4, pieces=1):
+    """What a Trainer should do, written out: masked, clipped, stepped."""
+    model = tiny_model()
+    longact = LongAct(model, **longact_options)
+    optimizer = SalientAdamW(groups(model), lr=1e-3, weight_decay=0.0, fused=True)
+    norms = []
+    for step in range(4):
+        batch = torch.stack([row["input_ids"] for row in DATA[4 * step : 4 * step + 4]])
+        for piece in batch.chunk(pieces):
+            (model(input_ids=piece, labels=piece).loss / pieces).backward()
+        norms.append(longact.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, longact, norms
+
+
+def in_order(trainer):
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(DATA)
+    return trainer
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"selection": "current", "statistic": "l2"}, {"grad": "compact"}])
+def test_the_mixin_trains_as_the_loop_written_out(tmp_path, options, pieces):
+    expected, chosen, norms = plain_loop(tmp_path, options, pieces=pieces)
+    model = tiny_model()
+    longact = LongAct(model, **options)
+    batch = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
+    constant = {"lr_scheduler_type": "constant", "max_grad_norm": 0.5}
+    trainer = in_order(by_mixin(model, longact, arguments(tmp_path, **constant, **batch)))
+    trainer.train()
+    assert sets(longact) == sets(chosen) and longact.steps == 4
+    assert [r["grad_norm"] for r in trainer.state.log_history if "loss" in r] == pytest.approx(norms, rel=1e-4)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_callback_with_our_optimizer_trains_as_the_mixin_where_nothing_is_clipped(tmp_path):
+    options = {"max_grad_norm": 0.0}
+    results = []
+    for how in ("mixin", "optimizers", "class"):
+        model = tiny_model()
+        longact = LongAct(model)
+        args = arguments(tmp_path, **options)
+        optimizer = SalientAdamW(groups(model), lr=1e-3, weight_decay=0.0, fused=True)
+        kwargs = {"lr": 1e-3, "fused": True}
+        if how == "mixin":
+            trainer = by_mixin(model, longact, args)
+        elif how == "optimizers":
+            trainer = by_callback(model, longact, args, optimizers=(optimizer, None))
+        else:
+            trainer = by_callback(model, longact, args, optimizer_cls_and_kwargs=(SalientAdamW, kwargs))
+        trainer.train()
+        assert longact.steps == 4
+        assert all(rows.any() and not rows.all() for rows in moved_rows(model))
+        results.append((model, sets(longact)))
+    for model, chosen in results[1:]:
+        assert_same_weights(model, results[0][0])
+        assert chosen == results[0][1]
+
+
+@pytest.mark.parametrize("how", [by_callback, by_mixin])
+def test_a_stock_optimizer_is_attached_once(tmp_path, how):
+    results = []
+    for attached_by_hand in (False, True):
+        model = tiny_model()
+        longact = LongAct(model, selection="current")
+        stock = torch.optim.AdamW(groups(model), lr=1e-3, weight_decay=0.0)
+        if attached_by_hand:
+            longact.attach(stock)
+        trainer = how(model, longact, arguments(tmp_path, max_grad_norm=0.0), optimizers=(stock, None))
+        trainer.train()
+        trainer.train()  # a second run of the same trainer
+        assert longact.steps == 8
+        results.append(model)
+    assert_same_weights(*results)
+    # Stock AdamW decays rows outside the set; masked gradients leave their moments at zero.
+    name = "model.layers.0.self_attn.q_proj"
+    state = stock.state[model.get_submodule(name).weight]
+    assert (~state["exp_avg_sq"].any(1)).any() and state["exp_avg_sq"].any()
+
+
+@pytest.mark.parametrize(
+    ("how", "optimizer", "options", "stop"),
+    [
+        (by_mixin, None, {"refresh_every": 2, "statistic": "l2"}, 1),
+        (by_mixin, None, {"grad": "compact"}, 2),
+        (by_callback, "ours", {"ema": 0.5}, 2),
+        (by_callback, "stock", {"refresh_every": 2}, 1),
+    ],
+)
+def test_resuming_from_a_checkpoint_goes_on_bit_for_bit(tmp_path, how, optimizer, options, stop):
+    def fresh(**more):
+        model = tiny_model().to(torch.bfloat16)
+        longact = LongAct(model, **options)
+        args = arguments(tmp_path, save_strategy="steps", save_steps=stop, max_grad_norm=0.0, **more)
+        kind = {"ours": SalientAdamW, "stock": torch.optim.AdamW, None: None}[optimizer]
+        given = {"optimizers": (kind(groups(model), lr=1e-3), None)} if kind else {}
+        return model, longact, how(model, longact, args, **given)
+
+    whole, chosen, trainer = fresh()
+    trainer.train()
+    model, longact, trainer = fresh()
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert_same_weights(model, whole)
+    assert sets(longact) == sets(chosen) and longact.steps == 4
+
+
+@pytest.mark.parametrize("how", [by_callback, by_mixin])
+def test_logs_have_the_mean_churn(tmp_path, how):
+    model = tiny_model()
+    longact = LongAct(model)
+    trainer = how(model, longact, arguments(tmp_path))
+    reporter, last = Log(), Log()
+    trainer.callback_handler.callbacks.insert(0, reporter)
+    trainer.add_callback(last)
+    trainer.train()
+    for records in [trainer.state.log_history, last.records] + [reporter.records] * (how is by_mixin):
+        logged = [record.get("churn") for record in records if "loss" in record]
+        assert logged[0] is None and all(0 < churn < 1 for churn in logged[1:])
+    assert logged[-1] == pytest.approx(sum(longact.churn.values()) / len(longact.churn))
+
+
+def test_the_callback_restores_at_the_end_if_asked(tmp_path):
+    model = tiny_model()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=DATA,
+        callbacks=[LongActCallback(LongAct(model), restore=True)],
+    )
+    trainer.train()
+    assert not any(isinstance(module, SalientLinear) for module in model.modules())
+    assert all(rows.any() for rows in moved_rows(model))
+    trainer.save_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True}])
+def test_mixed_precision_and_activation_checkpointing(tmp_path, precision):
+    """With autocast and recomputed activations the sets are those of autocast alone."""
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        longact = LongAct(model)
+        args = arguments(tmp_path, activation_checkpointing=checkpointing, **precision)
+        trainer = by_mixin(model, longact, args)
+        trainer.train()
+        assert all(rows.any() and not rows.all() for rows in moved_rows(model))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+        results.append((sets(longact), model))
+    assert results[0][0] == results[1][0]
+    assert_same_weights(results[0][1], results[1][1])
+
+
+def test_sft_with_packing(tmp_path):
+    model = tiny.model().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    longact = LongAct(model, statistic="l2")
+    args = arguments(tmp_path, SFTConfig, packing=True, max_length=32, bf16=False, activation_checkpointing=False)
+    data = Dataset.from_dict({"text": [f"the number {i} follows {i - 1}" for i in range(64)]})
+    trainer = SparseSFTTrainer(
+        model=model, longact=longact, args=args, train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    trainer.train()
+    assert longact.steps == 4
+    for name in longact.layers:
+        moved = (model.get_submodule(name).weight != before[f"{name}.weight"]).any(1)
+        assert moved.any() and not moved.all()
+
+
+@pytest.mark.parametrize("how", ["callback", "mixin"])
+def test_grpo(tmp_path, how):
+    model = tiny.model().train()
+    longact = LongAct(model)
+    args = arguments(
+        tmp_path,
+        GRPOConfig,
+        max_steps=2,
+        num_generations=4,
+        max_completion_length=4,
+        bf16=False,
+        activation_checkpointing=False,
+    )
+    common = {
+        "model": model,
+        "args": args,
+        "reward_funcs": lambda completions, **_: [float(len(text)) for text in completions],
+        "train_dataset": Dataset.from_dict({"prompt": ["one", "three"] * 8}),
+        "processing_class": tiny.tokenizer(chat=False),
+    }
+    if how == "mixin":
+        trainer = SparseGRPOTrainer(longact=longact, **common)
+    else:
+        optimizer = SalientAdamW(model.parameters(), lr=1e-3)
+        trainer = GRPOTrainer(callbacks=[LongActCallback(longact)], optimizers=(optimizer, None), **common)
+    trainer.train()
+    assert longact.steps == 2 and "churn" in [r for r in trainer.state.log_history if "loss" in r][-1]
+
+
+@pytest.mark.parametrize(
+    ("how", "longact_options", "training", "message"),
+    [
+        (by_mixin, {}, {"optim": "sgd"}, "^optim: got 'sgd'"),
+        (by_mixin, {"grad": "compact"}, {"fp16": True}, "^grad: the Trainer unscales"),
+        (by_callback, {"grad": "compact"}, {"fp16": True}, "^grad: the Trainer unscales"),
+        (by_callback, {"grad": "compact"}, {}, "^grad: the Trainer's gradient clipping"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(tmp_path, how, longact_options, training, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        how(model, LongAct(model, **longact_options), arguments(tmp_path, **training)).train()
+    assert not any(rows.any() for rows in moved_rows(model))
