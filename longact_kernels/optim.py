@@ -423,7 +423,8 @@ class SalientAdamW(Optimizer):
     def _completed(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Saved groups with the options that only this optimizer has, and without those that only torch's AdamW has."""
         return [
-            {name: group.get(name, default) for name, default in {**self.defaults, **_extras(group)}.items()}
+            # Once it has loaded something, torch's Optimizer has its own options among the defaults.
+            _extras({**self.defaults, **group})
             for group in groups
         ]
 
