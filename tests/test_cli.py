@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from longact_kernels.cli import main
 
@@ -83,7 +83,7 @@ def fail(capsys, *words) -> str:
         (["--density", "1.5"], "density: got 1.5"),
         (["--density", "much"], "--density: invalid float value: 'much'"),
         (["--statistic", "max"], "--statistic: invalid choice: 'max'"),
-        (["--task", "poetry"], "task: got 'poetry', known tasks are niah_multikey_2"),
+        (["--task", "poetry"], "task: got 'poetry', known tasks are niah_single_1"),
         (["--length", "20"], "length: 20 tokens are too few"),
         (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
         (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
@@ -122,11 +122,27 @@ def test_a_folder_that_is_no_model(place, tmp_path, capsys):
 
 
 def test_a_model_without_query_and_key_projections(place, tmp_path, capsys):
-    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
-    words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "gpt2"]
+    MambaForCausalLM(MambaConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "mamba"
+    )
+    tiny.tokenizer().save_pretrained(tmp_path / "mamba")
+    words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "mamba"]
     message = fail(capsys, *words)
     assert "q_proj" in message and "k_proj" in message and "lm_head" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--density", "1.5"], "density: got 1.5"),
+        (["--task", "vt", "--haystack", "no/such.txt"], "haystack: 'no/such.txt' is no file here"),
+        (["--reward", "no_such_module:f"], "reward: cannot import no_such_module"),
+        (["--report_to", "wandb"], "report_to: wandb is not installed"),
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_looked_for(tmp_path, capsys, words, message):
+    words = ["--model", "no-such-user/no-such-model", "--output_dir", tmp_path / "out", "--use_cpu", "True", *words]
+    assert message in fail(capsys, *words)
 
 
 def contents(folder: Path) -> dict:
