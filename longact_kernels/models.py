@@ -185,8 +185,6 @@ LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
 
 # What modelling modules call the function that turns a head's channels by a right angle.
 ROTATIONS = ("rotate_half", "rotate_every_two", "rotate_pairwise")
-# Attention whose partial rotary embedding turns the last channels of a head, not the first.
-LAST_TURNED = {"DeepseekV4Attention"}
 
 # What `target_modules` may be: name endings, a regular expression of whole paths, or a function of path and module that
 # gives the row ranges (start, stop, head size) of queries or keys, the other rows being dense, or None.
@@ -419,7 +417,7 @@ def _rotary_channels(attention: _Attention, head_size: int) -> tuple[int, int]:
         whole = size + (attention.number("qk_nope_head_dim") or 0)
         return (head_size - size, head_size) if head_size == whole else (0, 0)
     size = min(head_size, attention.number("rotary_ndims", "rotary_dim") or int(head_size * _rotary_share(attention)))
-    return (head_size - size, head_size) if type(attention.module).__name__ in LAST_TURNED else (0, size)
+    return 0, size
 
 
 def _rotary_share(attention: _Attention) -> float:

@@ -17,7 +17,7 @@ SIZES = {
     r"(mamba|ssm)_n_heads|mamba_num_heads|linear_num_\w+_heads|mamba_n_groups|ssm_n_groups|n_groups": 2,
     r"(\w+_)?head_dim|attention_head_dim|kv_channels|dim_head|d_head": 8,
     r"(\w+_)?vocab_size(_\w+)?": 64,
-    r"hidden_size|d_model|n_embd|dim|dim_model|embed_dim|emb_dim|embedding_size|input_embedding_size|word_embed_proj_dim": 32,
+    r"hidden_size|d_model|n_embd|dim(_model)?|emb(ed)?_dim|(input_)?embedding_size|word_embed_proj_dim": 32,
     r"(\w+_)?intermediate_size(_\w+)?|(\w+_)?ffn_dim|(\w+_)?ffn_hidden_size|n_inner|dim_ff|dff|\w*mlp_dim": 48,
     r"(num_|n_|num_hidden_|encoder_|decoder_|num_encoder_|num_decoder_)layers|depth|n_layer": 2,
     r"(\w+_)?(num|n|encoder|decoder)_(\w*key_value|kv)_heads": 2,
@@ -45,6 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     },
+    "big_bird": {"attention_type": "original_full"},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"hidden_size_global": 32, "head_dim": 8},
@@ -53,6 +54,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2},
+    "dots3_note": {"layer_types": ["indexed_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": MAMBA,
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
@@ -61,15 +64,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**MAMBA, "layer_types": ["attention", "attention"]},
+    "hrm_text": {"num_layers_per_stack": 1},
     "hunyuan_v1_dense": HEAD,
     "hunyuan_v1_moe": HEAD,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "ministral": HEAD,
     "nemotron": {**HEAD, "num_key_value_heads": 2},
+    "phi4_multimodal": {"audio_config": {"num_blocks": 1, "nemo_conv_channels": 32, "ext_pw_out_channel": 32}},
     "qwen4_exp_text": {
+        "hc_lowrank": 8,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
@@ -101,6 +108,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+CHANGES["dots3_note_text"] = CHANGES["dots3_note"]
 CHANGES["gemma3n"] = {"text_config": CHANGES["gemma3n_text"]}
 CHANGES["qwen4_exp"] = CHANGES["qwen4_exp_text"]
 

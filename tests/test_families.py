@@ -6,6 +6,7 @@ mask the query of the first still does not matter, but its key does. And where a
 output projection, the rows that matter are one head's.
 """
 
+import copy
 import re
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from families import CLASSES, family_model
 from torch import nn
 
+from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.models import Projection, find_projections
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -52,6 +54,7 @@ MIXED_HEADS = {
     "diffllama": "the result is a difference of two heads",
     "zaya": "a convolution mixes heads",
 }
+UNREPEATABLE = {"reformer": "draws its hashes anew at every call"}
 OUTPUTS = ("o_proj", "out_proj", "o_a_proj", "attention_out", "out_lin", "c_proj", "Wo", "dense")
 
 
@@ -81,10 +84,8 @@ def gradients(model: nn.Module, found: list[Projection], T: int, head: int | Non
 
             if not out._forward_pre_hooks:
                 handles.append(out.register_forward_pre_hook(cut))
-    streams = model.config.num_codebooks if "Musicgen" in type(model).__name__ else 1
-    ids = torch.randint(5, 60, (streams, T), generator=torch.Generator().manual_seed(0))
     model.zero_grad(set_to_none=True)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    logits = run(model, T)
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     for handle in handles:
         handle.remove()
@@ -92,6 +93,14 @@ def gradients(model: nn.Module, found: list[Projection], T: int, head: int | Non
         name: torch.stack([y.grad.reshape(T, -1) for y in ys if y.grad is not None]) if ys else torch.empty(0)
         for name, ys in outputs.items()
     }
+
+
+def run(model: nn.Module, T: int) -> torch.Tensor:
+    """The logits of random tokens, with the same dropout at every call."""
+    streams = model.config.num_codebooks if "Musicgen" in type(model).__name__ else 1
+    ids = torch.randint(5, 60, (streams, T), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def output_projection(model: nn.Module, projection: Projection) -> nn.Module:
@@ -129,7 +138,7 @@ def pattern(projection: Projection) -> str:
     kinds = [kind or "-" for kind, _ in groupby(head.kind for head in projection.heads)]
     period = next(p for p in range(1, len(kinds) + 1) if kinds == kinds[:p] * (len(kinds) // p))
     text = " ".join(kinds[:period])
-    return f"({text}) × {len(kinds) // period}" if period < len(kinds) else text
+    return f"({text}) x{len(kinds) // period}" if period < len(kinds) else text
 
 
 def table_row(family: str, found: list[Projection]) -> str:
@@ -138,9 +147,9 @@ def table_row(family: str, found: list[Projection]) -> str:
     return f"| {family} | {CLASSES[family]} | {shown} |"
 
 
-@pytest.fixture
-def tiny(family):
-    model = family_model(family).eval()
+@pytest.fixture(scope="module")
+def tiny(request):
+    model = family_model(request.param)
     for name, p in model.named_parameters():
         # As large as trained weights act; an attention sink would be a further entry of the softmax.
         nn.init.constant_(p, -1e4) if name.endswith("sinks") else nn.init.normal_(p, std=0.2)
@@ -150,9 +159,14 @@ def tiny(family):
 WORKING = [family for family in CLASSES if family not in REFUSED | UNBUILT]
 
 
-@pytest.mark.parametrize("family", WORKING)
+every_family = pytest.mark.parametrize(
+    ("family", "tiny"), [(family, family) for family in WORKING], indirect=["tiny"], ids=WORKING
+)
+
+
+@every_family
 def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
-    found = find_projections(tiny)
+    found = find_projections(tiny.eval())
     assert found
     if family in NO_WITNESS:
         return
@@ -181,3 +195,43 @@ def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
                 noise = 1e-3 * g.abs().max()
                 assert (g[..., others].abs() <= noise).all(), f"{projection.name}: another {kind} head matters"
                 assert (g[:, 1, own].abs() > 0).all(), f"{projection.name}: the {kind} head does not matter"
+
+
+@every_family
+def test_a_step_moves_the_salient_rows_and_the_dense_ones(family, tiny):
+    tiny.train()
+    found = find_projections(tiny)
+    classes = [type(projection.module) for projection in found]
+    plain = run(tiny, 6).detach()
+    weights = copy.deepcopy(tiny.state_dict())
+    longact = LongAct(tiny)
+    optimizer = SalientAdamW(tiny.parameters(), lr=0.1, weight_decay=0.0, longact=longact)
+    tiny.zero_grad(set_to_none=True)
+    logits = run(tiny, 6)
+    assert family in UNREPEATABLE or torch.equal(logits, plain)
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    optimizer.step()
+    for projection in found:
+        weight, layer = projection.module.weight, longact.layers[projection.name]
+        if weight.grad is None:
+            continue
+        moved = (weight != weights[f"{projection.name}.weight"]).any(dim=0 if projection.transposed else 1)
+        expected = rows(projection, None)
+        expected[layer.salient.rows] = True
+        assert torch.equal(moved, expected)
+        for kind in "qk":
+            count = [int(0.3 * head.size + 0.5) for head in projection.heads if head.kind == kind]
+            assert (moved & rows(projection, kind)).sum() == sum(count)
+    longact.restore()
+    assert [type(projection.module) for projection in found] == classes
+    assert list(tiny.state_dict()) == list(weights)
+    tiny.load_state_dict(weights)
+    assert family in UNREPEATABLE or torch.equal(run(tiny, 6), plain)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_without_queries_and_keys_are_refused(family):
+    with pytest.raises(
+        ValueError, match=r"^model: no query or key projections in \w+; looked for .* saw .*target_modules"
+    ):
+        find_projections(family_model(family))
