@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from longact_kernels.modules import SalientChannels, SalientLayer, become_salien
 from longact_kernels.selection import Run, Scope, Selection, Strategy
 from longact_kernels.sites import Site, tap_norm, tap_rope
 from longact_kernels.tokens import Tokens, on_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Statistic = Literal["absmax", "l2"]
 When = Literal["lagged", "current"]
@@ -132,7 +136,8 @@ class LongAct:
         runs = [_runs(projection, axis) for projection in projections]
         partners = [_partners(model, projection) for projection in projections] if pair_rope else None
         self._select = Selection(runs, density, self.scope, self.strategy, threshold, seed, partners)
-        sizes = [sum(size for size, _ in layer) for layer in runs]
+        self._heads = [[size for size, _ in layer] for layer in runs]
+        sizes = [sum(heads) for heads in self._heads]
         self._bounds = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
         self._saliency: Tensor | None = None
         self._sets_before: list[Tensor | None] = []
@@ -459,20 +464,43 @@ class LongAct:
 
         Returns:
             By layer: `saliency`, fp32 [channels], what its set was last chosen from; `salient`, the set, ascending;
-            `churn`, 1 − Jaccard overlap with the set before (NaN until there are two); `overlap`, Jaccard overlap with
-            the first set. Empty before the first refresh.
+            `heads`, how many channels each head has; `churn`, 1 − Jaccard overlap with the set before (NaN until there
+            are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
         """
         churn = self.churn
         return {
             s.name: {
                 "saliency": self.saliency(s.name).cpu().numpy(),  # type: ignore[union-attr]
                 "salient": s.rows[s.rows >= 0].cpu().numpy(),
+                "heads": heads,
                 "churn": churn.get(s.name, float("nan")),
                 "overlap": _jaccard(s.rows, first),
             }
-            for s, first in zip(self._salient(), self._first_sets, strict=False)
+            for s, first, heads in zip(self._salient(), self._first_sets, self._heads, strict=False)
             if s.rows is not None
         }
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draws `report()`: magnitudes by layer, head and channel with the salient ones in colour, churn and overlap.
+
+        Args:
+            path: where to save the picture as well: its ending (.png, .svg, .pdf) says as what.
+
+        Raises:
+            RuntimeError: before the first refresh.
+            ImportError: without matplotlib.
+        """
+        try:
+            from longact_kernels.plots import report_figure
+        except ImportError as error:
+            raise ImportError("plot: needs matplotlib; run pip install matplotlib") from error
+        report = self.report()
+        if not report:
+            raise RuntimeError("plot: there is no salient set yet; needed a backward pass and a step, or refresh()")
+        figure = report_figure(report)
+        if path is not None:
+            figure.savefig(path)
+        return figure
 
     def restore(self) -> nn.Module:
         """Makes plain layers of the salient ones again, and returns the model."""

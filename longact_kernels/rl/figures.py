@@ -3,25 +3,14 @@
 import io
 from collections.abc import Iterator
 
-import numpy as np
 from matplotlib import rc_context
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from longact_kernels.plots import LIGHT, by_kind, draw_saliency
 from longact_kernels.rl.evaluate import Evaluation
 
-LIGHT = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-}
 INK, PAPER = "#d7dce2", "#16191d"
 DARK = {
     **LIGHT,
@@ -92,23 +81,9 @@ def churn_figure(metrics: list[dict]) -> Figure:
 
 def saliency_figure(saliency: dict[str, tuple[Tensor, Tensor]]) -> Figure:
     """Layers × channels of each kind of projection: the salient set in colour, the rest in grey, by magnitude."""
-    kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, layer in saliency.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+    kinds = by_kind({name: {"saliency": values, "salient": rows} for name, (values, rows) in saliency.items()})
     layers = max(map(len, kinds.values()))
     figure = Figure(figsize=(11, 1.2 + len(kinds) * max(1.6, 0.085 * layers)), layout="constrained")
     for axes, (kind, found) in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds.items(), strict=True):
-        values = np.stack([values.numpy() for values, _ in found])
-        salient = np.zeros(values.shape, dtype=bool)
-        for i, (_, rows) in enumerate(found):
-            salient[i, rows.numpy()] = True
-        low, high = np.percentile(values, [0.5, 99.5]).clip(1e-6)
-        scale = LogNorm(low, high, clip=True)
-        look = {"aspect": "auto", "interpolation": "nearest", "norm": scale}
-        axes.imshow(values, cmap="Greys", alpha=0.4, **look)
-        image = axes.imshow(np.ma.masked_where(~salient, values), cmap="plasma", **look)
-        axes.set(title=kind, xlabel="channel", ylabel="layer")
-        axes.grid(False)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=axes, pad=0.01, label="magnitude", format="{x:.3g}")
+        draw_saliency(axes, kind, found)
     return figure
