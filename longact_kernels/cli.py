@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     kernels.add_argument("--json", action="store_true", help="print JSON in place of tables")
     for name, text in ANALYSES.items():
         commands.add_parser(name, add_help=False, help=text)
+    study = commands.add_parser("study", help="arms of training against one another over several seeds, resumable")
+    study.add_argument("study", metavar="STUDY.yaml", help="setting, seeds, options and arms; see configs/study")
+    study.add_argument("--jobs", type=int, default=2, help="runs side by side (2)")
+    study.add_argument("--output", help="folder to begin in, or to go on in (runs/study-NAME)")
     commands.add_parser("tune", help="measure linear_stats on this GPU, for the choice that it makes by itself")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("train", *ANALYSES):
@@ -67,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             from longact_kernels.evaluation.command import eval_command
 
             return eval_command(arguments)
+        if arguments.command == "study":
+            from longact_kernels.study.command import study_command
+
+            return study_command(arguments)
         if arguments.command == "inspect":
             from longact_kernels.analysis.inspect import inspect_command
 
@@ -79,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return train(rest)
     except ModuleNotFoundError as error:
-        extra = "eval" if arguments.command == "eval" else "rl"
+        extra = arguments.command if arguments.command in ("eval", "study") else "rl"
         print(f"longact: error: {error.name} is missing; run pip install 'longact_kernels[{extra}]'", file=sys.stderr)
         return BAD_INPUT
 
