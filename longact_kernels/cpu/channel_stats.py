@@ -14,8 +14,10 @@ from longact_kernels.cpu import native
 
 # Tokens of one task: chunks, and so the bits of the result, do not depend on the number of threads.
 _CHUNK = 256
-# Elements that the ATen form works on at a time, so that what it writes in between stays in the cache.
-_BLOCK = 1 << 18
+# Bytes that the ATen form writes and reads again at a time: they stay in the second-level cache of two cores.
+_BLOCK = 1 << 20
+# Blocks whose squares it adds up in fp32 before that sum goes to fp64.
+_RUN = 32
 
 
 def channel_stats(
@@ -35,16 +37,14 @@ def channel_stats(
         bounds = tuple(length * b for b in range(sequences + 1)) if l2 else (0, len(tokens))
 
     use_native = native.available() and not (l2 and y.dtype == torch.float16)
-    size = _CHUNK if use_native else max(1, _BLOCK // max(1, N))
+    size = _CHUNK if use_native else max(1, _BLOCK // max(1, N * (8 if l2 else y.element_size())))
     chunks = _chunks(bounds, size)
-    total = torch.zeros(len(bounds) - 1 if l2 else 0, N, dtype=torch.float64)
-    if not chunks.shape[1] or not N:
-        return torch.zeros(N), total.float()
-    bits, sumsq = (_native if use_native else _aten)(tokens, kept, chunks, l2)
-    absmax = bits.amax(0).view(y.dtype).float()
-    if sumsq is not None:
-        total.index_add_(0, chunks[2], sumsq)
-    return absmax, total.float()
+    sumsq = torch.zeros(len(bounds) - 1, N, dtype=torch.float64) if l2 else None
+    absmax = torch.zeros(N)
+    if chunks.shape[1] and N:
+        bits = (_native if use_native else _aten)(tokens, kept, chunks, sumsq)
+        absmax = bits.amax(0).view(y.dtype).float()
+    return absmax, torch.zeros(0, N) if sumsq is None else sumsq.float()
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,13 +58,13 @@ def _chunks(bounds: tuple[int, ...], size: int) -> Tensor:
     return torch.tensor(chunks, dtype=torch.int64).view(-1, 3).T.contiguous()
 
 
-def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, l2: bool) -> tuple[Tensor, Tensor | None]:
-    """Every chunk's largest bits [chunks, N], and fp64 sums of squares [chunks, N] or None."""
+def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) -> Tensor:
+    """Every chunk's largest bits [chunks, N]; adds the sums of squares to `total`, fp64 [sequences, N], if given."""
     from longact_kernels.cpu.native.channel_stats import channel_stats as kernel
 
     N, width, count = y.shape[1], y.element_size(), chunks.shape[1]
     bits = torch.zeros(count, N, dtype=torch.int16 if width == 2 else torch.int32)
-    sumsq = torch.zeros(count, N, dtype=torch.float64) if l2 else None
+    sumsq = None if total is None else torch.zeros(count, N, dtype=torch.float64)
     native.run(
         kernel,
         count,
@@ -73,22 +73,33 @@ def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, l2: bool) -> tuple[T
             chunks[0].data_ptr(), chunks[1].data_ptr(), bits.data_ptr(), 0 if sumsq is None else sumsq.data_ptr(),
         ],
     )  # fmt: skip
-    return bits, sumsq
+    if total is not None and sumsq is not None:
+        total.index_add_(0, chunks[2], sumsq)
+    return bits
 
 
-def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, l2: bool) -> tuple[Tensor, Tensor | None]:
+def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) -> Tensor:
     """As `_native`, in ATen operations on blocks that fit the cache."""
     integer, sign = (torch.int16, 0x7FFF) if y.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
     keep = None if kept is None else torch.where(kept, sign, 0).to(integer).unsqueeze(1)
     words = y.view(integer)
-    firsts, ends, _ = chunks.tolist()
-    block = torch.empty(int((chunks[1] - chunks[0]).max()), y.shape[1], dtype=integer)
-    peaks, sums = [], []
-    for first, end in zip(firsts, ends, strict=True):
+    longest = int((chunks[1] - chunks[0]).max())
+    block = torch.empty(longest, y.shape[1], dtype=integer)
+    peaks = []
+    if total is not None:
+        squares = torch.zeros(longest, y.shape[1])
+        values = torch.empty_like(squares)
+    table = chunks.T.tolist()
+    for i, (first, end, sequence) in enumerate(table):
         bits = block[: end - first]
         torch.bitwise_and(words[first:end], sign if keep is None else keep[first:end], out=bits)
         peaks.append(bits.amax(0))
-        if l2:
-            values = bits.view(y.dtype).float()
-            sums.append(values.mul_(values).sum(0))
-    return torch.stack(peaks), torch.stack(sums).double() if l2 else None
+        if total is not None:
+            # Element by element, and once for many blocks over the tokens: that reduction is ATen's slow one.
+            value = bits.view(y.dtype)
+            value = value if y.dtype == torch.float32 else values[: end - first].copy_(value)
+            squares[: end - first].addcmul_(value, value)
+            if i + 1 == len(table) or table[i + 1][2] != sequence or (i + 1) % _RUN == 0:
+                total[sequence] += squares.sum(0)
+                squares.zero_()
+    return torch.stack(peaks)
