@@ -135,6 +135,22 @@ def test_what_is_finished_is_not_repeated(model, oracle, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "results.json").read_text() == before
 
 
+def test_ctrl_c_keeps_the_answers(model, oracle, tmp_path, monkeypatch, capsys):
+    words = (model, "--tasks", "niah_single_1", "--lengths", "1024", "--limit", "4", "--output", tmp_path / "out")
+    answer = evaluate.Reader.generate_until
+
+    def interrupted(reader, requests, disable_tqdm=True):
+        answer(reader, requests[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.Reader, "generate_until", interrupted)
+    assert longact_eval(*words) == 130
+    assert "goes on from here" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate.Reader, "generate_until", answer)
+    assert longact_eval(*words) == 0
+    assert len(oracle) == 4 == len(set(oracle))
+
+
 def test_what_cannot_be_had_is_said_in_a_line_and_the_rest_runs(model, oracle, tmp_path, capsys):
     names = "ruler_vt,niah_single_2,ruler_qa_squad,longbench2,longbench2_generate,niah_single_1"
     out = tmp_path / "out"
@@ -173,6 +189,23 @@ def test_a_run_before_and_after(model, tmp_path, capsys):
     words = ("--compare", run / "eval" / "before", run / "eval" / "after", "--output", tmp_path / "again")
     assert longact_eval(*words) == 0
     assert json.loads((tmp_path / "again" / "comparison.json").read_text())["differences"] == content["differences"]
+
+
+def test_two_models_answer_the_same_documents(model, oracle, tmp_path):
+    """Also where the second one's tokenizer takes fewer tokens, so that it would get longer documents of its own."""
+    shorter = tiny.save(tmp_path / "shorter")
+    content = json.loads((shorter / "tokenizer.json").read_text())
+    for left, right in [("i", "s"), ("Ġ", "is"), ("T", "h"), ("Th", "e"), ("Ġ", "g"), ("e", "e")]:
+        content["model"]["merges"].append([left, right])
+        content["model"]["vocab"].setdefault(left + right, len(content["model"]["vocab"]))
+    (shorter / "tokenizer.json").write_text(json.dumps(content))
+    words = ("--tasks", "niah_single_1", "--lengths", "1536", "--limit", "2", "--output", tmp_path / "out")
+    assert longact_eval("--compare", model, shorter, *words) == 0
+    first, second = oracle[:2], oracle[2:]
+    assert first == second
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"][0]["samples"] == 2
+    assert longact_eval(shorter, *words[:-1], tmp_path / "alone") == 0
+    assert len(oracle[4]) > len(first[0])
 
 
 LONGBENCH = [

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         results.append(cells)
         draw_scores(subject.results.path / "scores.png", model, cells)
         if len(models) == 1:
-            console.print(score_table(f"{model}, scores in percent ± standard error", cells))
+            console.print(f"\n{model}: scores in percent ± standard error", highlight=False, soft_wrap=True)
+            console.print(score_table(cells))
             for line in remarks(cells):
                 console.print(f"[dim]•[/dim] {line}", highlight=False)
     written = [output / "scores.png", output / "results.json"]
@@ -130,6 +131,8 @@ def evaluate_subject(
 ) -> list[Cell]:
     """All cells of a model, with a bar over them and one over the answers of the one under way."""
     cells: list[Cell] = []
+    # From here on the folder is this model's, so that a call that is stopped can be gone on with.
+    subject.results.write(cells)
     with progress_bar(console) as bar:
         all_of_it = bar.add_task(subject.name, total=len(places), note="")
         answers = bar.add_task("answers", total=None, note="")
@@ -155,7 +158,8 @@ def finish_comparison(
 ) -> list[Path]:
     """Shows and writes the comparison; returns what was written."""
     differences: list[Difference] = compare(*results)
-    console.print(comparison_table(models[0], models[1], differences))
+    console.print(f"\nA = {models[0]}\nB = {models[1]}\nscores in percent", highlight=False, soft_wrap=True)
+    console.print(comparison_table(differences))
     for line in dict.fromkeys(remarks(results[0]) + remarks(results[1])):
         console.print(f"[dim]•[/dim] {line}", highlight=False)
     content = {

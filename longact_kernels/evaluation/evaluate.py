@@ -138,6 +138,8 @@ class Subject:
             cache.dbdict.close()
         samples = [sample for each in found["samples"].values() for sample in each]
         metric = str(length) if task in RULER else samples[0]["metrics"][0]
+        if not isinstance(samples[0][metric], int | float):
+            return Cell(task, length, skipped=f"its metric, {metric}, is no mean over documents")
         return Cell(
             task,
             length,

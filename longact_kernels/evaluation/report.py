@@ -24,10 +24,9 @@ def lengths_of(cells: list[Cell]) -> list[int | None]:
     return sorted({cell.length for cell in cells}, key=lambda length: (length is None, length or 0))
 
 
-def score_table(title: str, cells: list[Cell]) -> Table:
+def score_table(cells: list[Cell]) -> Table:
     """Scores in percent, with their standard errors."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("task")
+    table = Table("task")
     lengths = lengths_of(cells)
     for length in lengths:
         table.add_column(heading(length), justify="right")
@@ -51,20 +50,18 @@ def shown(cell: Cell | None) -> str:
 
 def remarks(cells: list[Cell]) -> list[str]:
     """One line for each reason that cells were left out for, and for each note."""
-    places: dict[str, list[str]] = {}
+    places: dict[str, dict[str, list[Cell]]] = {}
     for cell in cells:
         for text in [f"left out: {cell.skipped}"] if cell.skipped else cell.notes:
-            places.setdefault(text, []).append(
-                cell.task if cell.length is None else f"{cell.task} at {heading(cell.length)}"
-            )
-    tasks = {text: list(dict.fromkeys(place.split(" at ")[0] for place in where)) for text, where in places.items()}
+            places.setdefault(text, {}).setdefault(cell.task, []).append(cell)
     lines = []
-    for text, where in places.items():
-        everywhere = all(
-            sum(place.split(" at ")[0] == task for place in where) == sum(cell.task == task for cell in cells)
-            for task in tasks[text]
-        )
-        lines.append(f"{', '.join(tasks[text] if everywhere else where)}: {text}")
+    for text, tasks in places.items():
+        where = []
+        for task, concerned in tasks.items():
+            everywhere = len(concerned) == sum(cell.task == task for cell in cells)
+            lengths = ", ".join(heading(cell.length) for cell in concerned)
+            where.append(task if everywhere else f"{task} at {lengths}")
+        lines.append(f"{'; '.join(where)}: {text}")
     counts = [len(cell.samples) for cell in cells if not cell.skipped]
     if counts and min(counts) < 200:
         lines.append(
@@ -74,10 +71,9 @@ def remarks(cells: list[Cell]) -> list[str]:
     return lines
 
 
-def comparison_table(a: str, b: str, differences: list[Difference]) -> Table:
+def comparison_table(differences: list[Difference]) -> Table:
     """Scores of both models in percent, and their difference with its confidence interval."""
-    table = Table(title=f"A = {a}, B = {b}; scores in percent", title_justify="left")
-    table.add_column("task")
+    table = Table("task")
     for name in ("length", "A", "B", "B - A", "95% interval", "documents"):
         table.add_column(name, justify="right")
     for row in differences:
