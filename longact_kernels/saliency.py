@@ -468,6 +468,7 @@ class LongAct:
             are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
         """
         churn = self.churn
+        first_sets: list[Any] = self._first_sets or [salient.rows for salient in self._salient()]  # after a resume
         return {
             s.name: {
                 "saliency": self.saliency(s.name).cpu().numpy(),  # type: ignore[union-attr]
@@ -476,7 +477,7 @@ class LongAct:
                 "churn": churn.get(s.name, float("nan")),
                 "overlap": _jaccard(s.rows, first),
             }
-            for s, first, heads in zip(self._salient(), self._first_sets, self._heads, strict=False)
+            for s, first, heads in zip(self._salient(), first_sets, self._heads, strict=False)
             if s.rows is not None
         }
 

@@ -1,0 +1,64 @@
+"""The scripts in examples/ run as they stand, on a tiny model."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script as from the command line, in an empty folder; returns what it prints."""
+    folder = tiny.save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+    def script(name: str) -> str:
+        monkeypatch.setattr("sys.argv", [name, str(folder)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
+
+
+def assert_some_rows_moved(folder: Path) -> None:
+    weights = [
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype="bfloat16").model.layers[0].self_attn.q_proj.weight
+        for name in ("model", "trained")
+    ]
+    rows = (weights[0] != weights[1]).any(1)
+    assert rows.any() and not rows.all()
+
+
+def test_every_script_has_a_test():
+    source = Path(__file__).read_text()
+    assert all(f'run("{path.name}")' in source for path in EXAMPLES.glob("*.py"))
+
+
+def test_plain_loop(run, tmp_path):
+    assert len(run("plain_loop.py").splitlines()) == 5
+    assert (tmp_path / "saliency.png").stat().st_size > 10_000
+    assert_some_rows_moved(tmp_path)
+
+
+def test_train_sft(run, tmp_path):
+    assert run("train_sft.py").count("'churn'") == 4
+    assert_some_rows_moved(tmp_path)
+
+
+def test_train_grpo(run):
+    assert run("train_grpo.py").count("'reward'") == 3
+
+
+def test_massive_values(run):
+    assert [line.split()[0] for line in run("massive_values.py").splitlines()] == [
+        f"model.layers.{i}.self_attn.{kind}_proj" for i in (0, 1) for kind in "qk"
+    ]
+
+
+def test_functional_kernels(run):
+    assert run("functional_kernels.py") == "152 of 512 rows moved, just the salient ones: True\n"
