@@ -193,7 +193,8 @@ TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
 
 # Parts of a language model whose queries or keys are not those that its text attends with.
 ELSEWHERE = re.compile(
-    r"cross_?att(n|ention)|encoder_att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer", re.I
+    r"cross_?att(n|ention)|encoder_(decoder_)?att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer",
+    re.I,
 )
 
 
@@ -215,7 +216,8 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
 
     Raises:
         ValueError: if there are none (naming the linear layers seen), if one cannot be trained row by row (quantised,
-            adapted, already salient), if none requires a gradient, or if the heads of one cannot be told.
+            adapted, already salient), if two share a weight, if none requires a gradient, or if the heads of one cannot
+            be told.
     """
     config = getattr(model, "config", None)
     found = []
@@ -234,6 +236,14 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
             found.append(Projection(path, module, heads, attention, transposed))
     if not found:
         raise ValueError(_nothing_found(model, target_modules))
+    first: dict[int, str] = {}
+    for projection in found:
+        other = first.setdefault(id(_weight(projection.module)), projection.name)
+        if other != projection.name:
+            raise ValueError(
+                f"model: {projection.name} shares its weight with {other}; needed a weight each, since each has a set "
+                "of its own; choose other layers with target_modules"
+            )
     if not any(_weight(projection.module).requires_grad for projection in found):
         raise ValueError(
             f"model: none of the {len(found)} query and key projections requires a gradient (the first is "
@@ -273,12 +283,14 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
 
 def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the language model in `model`, but for its cross-attention and the towers beside it."""
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else model
-    # Some models call their last linear layer the decoder.
-    prefix = next((name for name, module in model.named_modules() if module is decoder and any(module.children())), "")
-    text = model.get_submodule(prefix)
-    for inner, module in text.named_modules():
+    text, decoder = None, model
+    # A wrapper's decoder may be a wrapper itself; some models call their last linear layer the decoder.
+    while decoder is not text and any(decoder.children()):
+        text = decoder
+        get_decoder: Any = getattr(text, "get_decoder", None)
+        decoder = get_decoder() if callable(get_decoder) else text
+    prefix = next(name for name, module in model.named_modules() if module is text)
+    for inner, module in model.get_submodule(prefix).named_modules():
         if not ELSEWHERE.search(inner):
             yield ".".join(part for part in (prefix, inner) if part), module
 

@@ -99,8 +99,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"],
-        "hybrid_layer_ids": [1],
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [0, 2],
+        "num_hidden_layers": 3,
         "mamba_headdim": 8,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,

@@ -8,6 +8,7 @@ output projection, the rows that matter are one head's.
 
 import copy
 import re
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from families import CLASSES, family_model
 from torch import nn
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.models import Projection, find_projections
+from longact_kernels.models import Projection, find_projections, rotary_pairs
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 RECURRENT = "has no attention: a recurrence in place of the softmax over tokens"
+SHARED = "shares one attention among layers, whose sets would be at odds"
 # Families that are refused, and why.
 REFUSED = {
     "falcon_mamba": RECURRENT,
@@ -29,6 +31,8 @@ REFUSED = {
     "mamba2": RECURRENT,
     "rwkv": RECURRENT,
     "xlstm": RECURRENT,
+    "zamba": SHARED,
+    "zamba2": SHARED,
     "xlnet": "keeps its projections as bare three-dimensional parameters, not as linear layers",
 }
 # Families of which no tiny model can be built, and why.
@@ -230,8 +234,83 @@ def test_a_step_moves_the_salient_rows_and_the_dense_ones(family, tiny):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_families_without_queries_and_keys_are_refused(family):
-    with pytest.raises(
-        ValueError, match=r"^model: no query or key projections in \w+; looked for .* saw .*target_modules"
-    ):
+def test_other_families_are_refused(family):
+    text = (
+        "shares its weight with"
+        if REFUSED[family] is SHARED
+        else r"no query or key projections in \w+; .* saw .*target"
+    )
+    with pytest.raises(ValueError, match=f"^model: .*{text}"):
         find_projections(family_model(family))
+
+
+# Rotary embeddings of every form: halves, neighbours, complex numbers, a part of the channels, first or last, by layer.
+ROTARY = [
+    "llama",
+    "cohere",
+    "glm",
+    "phi",
+    "stablelm",
+    "persimmon",
+    "gpt_neox",
+    "phi3",
+    "gpt_oss",
+    "llama4_text",
+    "laguna",
+]
+ROTARY += [
+    "lfm3",
+    "minimax_m2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v4",
+    "minicpm3",
+    "qwen3_next",
+    "olmo2",
+    "helium",
+]
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_rotary_pairs_are_what_a_query_is_turned_with(family):
+    model = family_model(family)
+    projection = next(p for p in find_projections(model) if any(head.kind == "q" for head in p.heads))
+    attention = model.get_submodule(projection.attention)
+    for name, module in attention.named_children():
+        if "norm" in name and name.startswith("q") and module is not getattr(attention, "q_a_layernorm", None):
+            # A norm over the head would mix its channels.
+            module.forward = lambda x: x
+    seen = []
+
+    def look(module, query, key, value, *args, **kwargs):
+        seen.append(query)
+        return eager(module, query, key, value, *args, **kwargs)
+
+    modelling = sys.modules[type(attention).__module__]
+    eager = modelling.eager_attention_forward
+    projection.module.register_forward_hook(lambda module, args, y: seen.append(y))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modelling, "eager_attention_forward", look)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = "eager"
+        run(model, 2)
+    y, query = seen[:2]
+    size = projection.heads[0].size
+    pairs = rotary_pairs(attention, size)
+    assert torch.equal(pairs[pairs], torch.arange(size)) and (pairs != torch.arange(size)).all()
+    turned = 0
+    for channel in query[0, 0, 1]:
+        (gradient,) = torch.autograd.grad(channel, y, retain_graph=True)
+        sources = gradient.reshape(-1, gradient.shape[-1])[1].nonzero().flatten().tolist()
+        assert len(sources) <= 2
+        if len(sources) == 2:
+            turned += 1
+            assert pairs[sources[0]] == sources[1]
+    assert turned
+
+
+def test_attention_without_rotary_embedding_says_so():
+    model = family_model("gpt2")
+    with pytest.raises(ValueError, match=r"^pair_rope: cannot tell the rotary pairs of GPT2Attention, heads of 8"):
+        rotary_pairs(model.transformer.h[0].attn, 8)
