@@ -255,6 +255,8 @@ def test_a_haystack_is_a_file_or_the_files_of_a_folder(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89")
     assert read_haystack(str(tmp_path / "b.txt")).pieces == ("Three.", "Four!")
     assert read_haystack(str(tmp_path)).pieces == ("One.", "Two?", "Three.", "Four!")
+    (tmp_path / "table.md").write_text("a " * 90 + "b.")
+    assert [len(piece.split()) for piece in read_haystack(str(tmp_path / "table.md")).pieces] == [40, 40, 11]
     assert read_haystack("noise").hide(random.Random(0), 2, []) == f"{NOISE}\n{NOISE}"
 
 

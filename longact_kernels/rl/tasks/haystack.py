@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from longact_kernels.rl.data import read_rows
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+LONGEST = 40
 TEXT_FILES = (".txt", ".md", ".rst")
 
 
@@ -62,10 +64,17 @@ def read_haystack(source: str) -> Haystack:
         text = " ".join(text_of(str(file)) for file in files)
     else:
         text = text_of(source)
-    sentences = tuple(re.split(r"(?<=[.!?])\s+", " ".join(text.split())))
-    if sentences == ("",):
+    if not text.split():
         raise ValueError(f"haystack: there is no text in {source}")
-    return Haystack(sentences, " ")
+    return Haystack(tuple(sentences(text)), " ")
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, on one line each; what is no prose, such as a table, is cut after `LONGEST` words."""
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        words = sentence.split(" ")
+        for i in range(0, len(words), LONGEST):
+            yield " ".join(words[i : i + LONGEST])
 
 
 def text_of(source: str) -> str:
