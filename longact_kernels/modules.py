@@ -39,7 +39,7 @@ class SalientChannels:
     size: int
     axis: Axis
     transposed: bool
-    rows: Tensor | None = None
+    rows: Any = None
     fixed: bool = False
     fed: bool = False
 

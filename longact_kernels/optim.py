@@ -17,6 +17,7 @@ from longact_kernels import ops
 from longact_kernels.functional import Axis
 from longact_kernels.modules import SalientChannels, salient_weights
 from longact_kernels.saliency import LongAct
+from longact_kernels.shards import is_sharded, local, local_channels, zeros_by_channel
 
 State = Literal["full", "compact"]
 
@@ -131,6 +132,10 @@ class SalientAdamW(Optimizer):
                 loss = closure()
         salient = salient_weights()
         controllers = _owners(self._salient())
+        if any(longact.idle for longact in controllers) and all(group["lr"] == 0 for group in self.param_groups):
+            # How torch.distributed.checkpoint makes the state of a new optimizer, to load a saved one into it.
+            self._make_states(salient)
+            return loss
         for longact in controllers:
             longact.mask_gradients()
         grad_scale, found_inf = self._scaling(controllers)
@@ -178,7 +183,26 @@ class SalientAdamW(Optimizer):
         """Whether an ordinary parameter needs what torch's AdamW lacks."""
         return self.moments == torch.bfloat16 or (self.stochastic_rounding and p.dtype in HALF)
 
+    def _make_states(self, salient: dict[int, SalientChannels]) -> None:
+        """Makes the state of all parameters with a gradient, but for that of sets which are not chosen yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or self.state[p]:
+                    continue
+                if id(p) not in salient and not self._by_kernel(p):
+                    self.state[p].update(self._new_plain_state(group, p))
+                elif id(p) not in salient or not self.compact:
+                    self.state[p].update(self._new_state(p, p.detach(), salient[id(p)].dim if id(p) in salient else 0))
+
     # Ordinary parameters: torch's own AdamW
+
+    def _new_plain_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        state = {"master": p.detach().float()} if self._has_master(p) else {}
+        like = state.get("master", p)
+        state["step"] = torch.zeros((), device=p.device if group["fused"] or group["capturable"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+        return state
 
     def _step_plain(
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -191,13 +215,7 @@ class SalientAdamW(Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                if self._has_master(p):
-                    state["master"] = p.detach().float()
-                like = state.get("master", p)
-                on_device = group["fused"] or group["capturable"]
-                state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(like, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(like, memory_format=torch.preserve_format)
+                state.update(self._new_plain_state(group, p))
             elif state["step"].ndim:
                 raise RuntimeError(
                     f"SalientAdamW: a weight of shape {list(p.shape)} was stepped as a salient one and is an ordinary "
@@ -239,13 +257,14 @@ class SalientAdamW(Optimizer):
     def _step_whole(
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
+        entries = []
         for p in params:
             state = self.state[p]
             if not state:
-                state.update(self._new_state(p, _matrix(p)))
-        entries = [
-            (_matrix(p), _matrix(p.grad), torch.arange(len(_matrix(p)), device=p.device), self.state[p]) for p in params
-        ]
+                state.update(self._new_state(p, p.detach()))
+            weight, grad = _matrix(p), _matrix(p.grad)
+            matrices = {name: tensor if name == "step" else _matrix(tensor) for name, tensor in state.items()}
+            entries.append((weight, grad, torch.arange(len(weight), device=p.device), matrices))
         self._run(group, entries, "rows", False, grad_scale, found_inf)
 
     def _step_salient(
@@ -258,7 +277,12 @@ class SalientAdamW(Optimizer):
         self._follow_sets(params)
         for dim, axis in enumerate(_AXES):
             entries = [
-                (p.detach(), p.grad if salient.grad is None else salient.grad, salient.rows, self.state[p])
+                (
+                    local(p.detach()),
+                    local(p.grad) if salient.grad is None else salient.grad,
+                    local_channels(p, salient.rows, dim),
+                    {name: local(tensor) for name, tensor in self.state[p].items()},
+                )
                 for p, salient in params
                 if salient.dim == dim
             ]
@@ -323,8 +347,9 @@ class SalientAdamW(Optimizer):
 
     def _new_state(self, p: Tensor, kept: Tensor, dim: int = 0) -> dict[str, Tensor]:
         """State for some of a parameter's rows (or columns), or for all."""
+        rows = kept if kept.ndim > 1 else kept.view(1, -1)
         state = {
-            "step": torch.zeros(kept.shape[dim], dtype=torch.int32, device=p.device),
+            "step": zeros_by_channel(rows, dim, torch.int32),
             "exp_avg": torch.zeros_like(kept, dtype=self.moments, memory_format=torch.contiguous_format),
             "exp_avg_sq": torch.zeros_like(kept, dtype=self.moments, memory_format=torch.contiguous_format),
         }
@@ -338,6 +363,11 @@ class SalientAdamW(Optimizer):
         for p, salient in params:
             state, rows, dim = self.state[p], salient.rows, salient.dim
             assert rows is not None
+            if self.compact and is_sharded(p):
+                raise ValueError(
+                    "state: 'compact' would keep a slot for every salient channel on every rank of a sharded weight; "
+                    "use state='full'"
+                )
             if not state:
                 kept = p.detach().index_select(dim, rows.clamp(min=0)) if self.compact else p.detach()
                 state.update(self._new_state(p, kept, dim))
@@ -435,11 +465,11 @@ class SalientAdamW(Optimizer):
                 moments = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}
                 return {"step": state["step"], **moments, "master": p.detach().float()}
             return state
-        matrix, dim = (_matrix(p), 0) if salient is None else (p.detach(), salient.dim)
-        adopted = self._new_state(p, matrix, dim)
+        dim = 0 if salient is None else salient.dim
+        adopted = self._new_state(p, p.detach(), dim)
         adopted["step"].fill_(int(state["step"]))
         for name in ("exp_avg", "exp_avg_sq"):
-            adopted[name].copy_(state[name].view(matrix.shape))
+            adopted[name].copy_(state[name])
         if salient is not None and self.compact:
             adopted["rows"] = torch.arange(p.shape[dim], device=p.device)
         return adopted
@@ -480,7 +510,7 @@ def _of_parameter(p: Tensor, state: dict[str, Tensor], dim: int, betas: tuple[fl
     common = tau.max()
     whole: dict[str, Tensor] = {"step": common.float().cpu()}
     for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
-        shape = [1, 1]
+        shape = [1] * p.ndim
         shape[dim] = -1
         corrected = (1 - beta**common) / (1 - beta**tau).clamp(min=1 - beta)
         values = (state[name].float() * corrected.float().view(shape)).to(state[name].dtype)
@@ -489,7 +519,7 @@ def _of_parameter(p: Tensor, state: dict[str, Tensor], dim: int, betas: tuple[fl
             values = values.new_zeros(p.shape).index_copy_(
                 dim, state["rows"][filled], values.index_select(dim, filled.nonzero().flatten())
             )
-        whole[name] = values.view(p.shape)
+        whole[name] = values
     return whole
 
 
@@ -504,8 +534,9 @@ def _extras(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matrix(p: Tensor) -> Tensor:
-    """A parameter as a matrix, a view."""
-    return p.detach().view(p.shape[0] if p.ndim > 1 else 1, math.prod(p.shape[1:]) if p.ndim > 1 else p.numel())
+    """This rank's part of a parameter as a matrix, a view."""
+    p = local(p.detach())
+    return p.view(len(p), math.prod(p.shape[1:])) if p.ndim > 1 else p.view(1, -1)
 
 
 def _params(groups: list[dict[str, Any]]) -> Iterator[Any]:

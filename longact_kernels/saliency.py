@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from longact_kernels.functional import Axis, RunningStats, observe
-from longact_kernels.models import Projection, TargetModules, find_projections
+from longact_kernels.models import Projection, TargetModules, find_projections, rotary_pairs
 from longact_kernels.modules import SalientChannels, SalientLayer, become_salient, controllers
 from longact_kernels.selection import Run, Scope, Selection, Strategy
+from longact_kernels.shards import local, local_mask
 from longact_kernels.sites import Site, tap_norm, tap_rope
 from longact_kernels.tokens import Tokens, on_tokens
 
@@ -290,6 +291,11 @@ class LongAct:
         """Whether the sets have been chosen for good."""
         return self.freeze_after is not None and self.steps >= self.freeze_after
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is no set yet, and nothing to choose one from."""
+        return any(s.rows is None for s in self._salient()) and not any(s.fed for s in self._salient())
+
     def refresh(self) -> None:
         """Chooses every layer's salient set from the statistics since the last refresh, and starts them anew.
 
@@ -297,14 +303,14 @@ class LongAct:
             RuntimeError: if there is no set yet and nothing to choose it from.
             FloatingPointError: for NaN or Inf activations, if `nonfinite` is "error".
         """
-        first = any(salient.rows is None for salient in self._salient())
+        if self.idle:
+            raise RuntimeError(
+                "LongAct: a step came before any activation statistics; they are collected while the model is in "
+                "training mode (model.train()) and gradients are on"
+            )
         if not any(salient.fed for salient in self._salient()):
-            if first:
-                raise RuntimeError(
-                    "LongAct: a step came before any activation statistics; they are collected while the model is in "
-                    "training mode (model.train()) and gradients are on"
-                )
             return
+        first = any(salient.rows is None for salient in self._salient())
         saliency = self._measure()
         finite = saliency.isfinite()
         if (self.nonfinite == "error" or first) and not finite.all():
@@ -346,7 +352,8 @@ class LongAct:
                 # One place more, which empty slots (-1) clear.
                 outside = torch.ones(layer.weight.shape[s.dim] + 1, dtype=torch.bool, device=layer.weight.device)
                 outside[s.rows] = False
-                layer.weight.grad.masked_fill_(outside[:-1].unsqueeze(1 - s.dim), 0)
+                outside = local_mask(layer.weight, outside[:-1], s.dim)
+                local(layer.weight.grad).masked_fill_(outside.unsqueeze(1 - s.dim), 0)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -525,18 +532,19 @@ class LongAct:
     # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
 
     def state_for(self, salient: SalientChannels) -> dict[str, Tensor]:
-        """What resuming needs of one layer, as tensors."""
+        """What resuming needs of one layer, as tensors of fixed shapes: distributed checkpoints are read in place."""
         (start, end), parts = self._part(salient)
-        state = {
+        saliency = self._saliency if salient.rows is not None else None
+        chosen = saliency is not None
+        return {
             "salient_steps": torch.tensor(self.steps),
-            "salient_flags": torch.tensor([salient.fixed, salient.fed]),
+            "salient_flags": torch.tensor([salient.fixed, salient.fed, chosen]),
+            "salient_rows": salient.rows if chosen else torch.full((salient.size,), -1, device=self._absmax.device),
+            "salient_saliency": (self._absmax if saliency is None else saliency)[start:end].clone(),
             "salient_absmax": self._absmax[start:end].clone(),
             "salient_l2_sum": self._l2_sum[start:end].clone(),
             "salient_sequences": self._sequences[parts].clone(),
         }
-        if self._saliency is not None and salient.rows is not None:
-            state |= {"salient_rows": salient.rows, "salient_saliency": self._saliency[start:end].clone()}
-        return state
 
     def _part(self, salient: SalientChannels) -> tuple[tuple[int, int], slice]:
         """A layer's channels in the flat buffers, and its segments."""
@@ -555,7 +563,7 @@ class LongAct:
                 f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
                 "while LongAct was on the model"
             )
-        if (saved := len(state.get("salient_rows", range(salient.size)))) != salient.size:
+        if (saved := len(state["salient_rows"])) != salient.size:
             raise ValueError(
                 f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
                 f"{salient.size}; use the density and scope of the saved run"
@@ -565,10 +573,9 @@ class LongAct:
         """Takes back what `state_for` gave."""
         (start, end), parts = self._part(salient)
         self.steps = int(state["salient_steps"])
-        salient.fixed, salient.fed = map(bool, state["salient_flags"].tolist())
-        rows = state.get("salient_rows")
-        if rows is not None:
-            salient.rows = rows.to(self._absmax.device)
+        salient.fixed, salient.fed, chosen = map(bool, state["salient_flags"].tolist())
+        if chosen:
+            salient.rows = state["salient_rows"].to(self._absmax.device)
             if self._saliency is None:
                 self._saliency = torch.zeros_like(self._absmax)
             self._saliency[start:end] = state["salient_saliency"]
@@ -626,8 +633,6 @@ def _runs(projection: Projection, axis: Axis) -> list[Run]:
 
 def _partners(model: nn.Module, projection: Projection) -> Tensor:
     """The rotary partner of every channel of a projection."""
-    from longact_kernels.models import rotary_pairs
-
     attention = model.get_submodule(projection.attention)
     starts = itertools.accumulate((head.size for head in projection.heads), initial=0)
     return torch.cat(

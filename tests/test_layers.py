@@ -16,7 +16,7 @@ LAYERS = [
     {"functional"},
     {"modules"},
     {"models"},
-    {"selection", "sites", "tokens", "plots"},
+    {"selection", "shards", "sites", "tokens", "plots"},
     {"saliency"},
     {"optim"},
     {"integrations"},

@@ -1,0 +1,66 @@
+"""Two ranks with weights sharded by FSDP2 against one process on the whole batch."""
+
+import copy
+
+import pytest
+import torch
+from conftest import backward, tiny_model, tokens
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from longact_kernels import LongAct, SalientAdamW
+
+HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
+
+
+def train(model, options, batches, reload_at=None):
+    longact = LongAct(model, **options)
+    optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact)
+    for step, batch in enumerate(batches):
+        if step == reload_at:
+            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+            longact.restore()
+            longact = LongAct(model, **options)
+            optimizer = SalientAdamW(model.parameters(), **HYPER)
+            set_optimizer_state_dict(model, optimizer, saved)
+        backward(model, batch)
+        # FSDP averages over ranks what the whole batch adds up.
+        for p in model.parameters():
+            p.grad.mul_(dist.get_world_size() if dist.is_initialized() else 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return longact
+
+
+def _rank(rank, file, options, reload_at, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mesh, model = init_device_mesh("cpu", (2,)), tiny_model("Qwen2")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    longact = train(model, options, [tokens(4, seed=step).chunk(2)[rank] for step in range(4)], reload_at)
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
+    if rank == 0:
+        results["weights"], results["rows"] = weights, rows
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "reload_at"),
+    [({}, 2), ({"axis": "columns", "selection": "current", "statistic": "l2"}, None)],
+)
+def test_sharded_weights_train_as_one_process_does(options, reload_at, tmp_path):
+    model = tiny_model("Qwen2")
+    longact = train(model, options, [tokens(4, seed=step) for step in range(4)])
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_rank, (tmp_path / "rendezvous", options, reload_at, results), nprocs=2)
+        weights, rows = results["weights"], results["rows"]
+    for name, layer in longact.layers.items():
+        assert torch.equal(layer.salient.rows, rows[name]), name
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
