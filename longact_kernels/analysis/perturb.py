@@ -1,7 +1,9 @@
 """`longact perturb`: the paper's causal test. Which query and key channels can a model do without?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -65,7 +67,7 @@ class Perturbation:
         # Those that need no text of the user's.
         tasks = [name for name, task in TASKS.items() if task.haystack == "noise" or task.fill == "needles"]
         parser.add_argument("--task", choices=tasks, default="niah_multikey_2", help=f"one of {', '.join(tasks)}")
-        parser.add_argument("--task_length", type=at_least(16), default=512, help="tokens of a prompt (default 512)")
+        parser.add_argument("--task_length", type=at_least(16), default=256, help="tokens of a prompt (default 256)")
         parser.add_argument("--prompts", type=at_least(1), default=64, help="prompts of the task (default 64)")
         parser.add_argument("--max_completion_length", type=at_least(1), default=32, help="of an answer (default 32)")
         parser.add_argument("--batch_size", type=at_least(1), default=16, help="prompts at a time (default 16)")
@@ -90,42 +92,50 @@ class Perturbation:
 
     def run(self) -> None:
         arguments, subject = self.arguments, self.subject
-        half = arguments.batches // 2
-        texts = {name: text[half:] for name, text in subject.texts.items()}
-        tokens = sum(text.numel() for text in texts.values())
-        # A prompt is read and answered; an answer's tokens come one by one, each worth some that are read together.
-        per_prompt = arguments.task_length + 8 * arguments.max_completion_length
-        arm_tokens = tokens + arguments.prompts * per_prompt
+        arms = 3 + len(arguments.seeds)
+        texts = sum(ids.numel() for text in subject.texts.values() for ids in text[self.half :])
+        chosen_by = sum(ids.numel() for text in subject.texts.values() for ids in text[: self.half])
         found: list[dict] = []
         with progress_bar(self.console) as bar:
-            total = half * arguments.length * len(texts) + (3 + len(arguments.seeds)) * arm_tokens
+            total = chosen_by + arms * (texts + arguments.prompts * self.prompt_cost)
             row = bar.add_task("perturbing", total=total, note="choosing channels")
-            chosen_by = []
-            for text in subject.texts.values():
-                for ids in text[:half]:
-                    chosen_by += measure(subject.model, subject.parts, ids)
-                    bar.advance(row, len(ids))
-            statistics = pool(chosen_by)
+            advance = partial(bar.advance, row)
+            statistics = self.statistics(advance)
             for arm in self.arms(getattr(statistics, arguments.statistic)):
-                bar.update(row, note=f"{arm.name}: perplexity")
                 with hooked(subject.parts, Clamp(arm.clamped, statistics, subject.parts, arguments.mean)):
-                    nll: dict[str, list[float]] = {}
-                    for name, text in texts.items():
-                        nll[name] = []
-                        for ids in text:
-                            nll[name].append(self.loss(ids))
-                            bar.advance(row, len(ids))
+                    bar.update(row, note=f"{arm.name}: perplexity")
+                    nll = self.losses(advance)
                     bar.update(row, note=f"{arm.name}: {arguments.task}")
-                    answers = self.answer(lambda count: bar.advance(row, count * per_prompt))
+                    answers = self.answer(advance)
                 found.append(record(arm, nll, answers))
                 # After every arm: what an interrupt leaves is still of use.
                 subject.write("perturb.json", self.results(found))
                 if not self.console.is_terminal:
-                    self.console.print(f"{arm.name}: perplexity {found[-1]['perplexity']:,.1f}, {answers.accuracy:.3f}")
+                    self.console.print(
+                        f"{arm.name}: perplexity {perplexity(nll):,.1f}, accuracy {answers.accuracy:.3f}"
+                    )
         with rc_context(LIGHT):
             (subject.folder / "perturb.png").write_bytes(png(figures.perturbation(self.results(found))))
         self.console.print(summary(self.results(found)))
         self.console.print(subject.folder, soft_wrap=True, markup=False)
+
+    @property
+    def half(self) -> int:
+        """How many sequences of each domain the channels are chosen by; the perplexity is that of the others."""
+        return self.arguments.batches // 2
+
+    @property
+    def prompt_cost(self) -> int:
+        """What a prompt counts in the progress: tokens that are generated take longer than those that are read."""
+        return self.arguments.task_length + 8 * self.arguments.max_completion_length
+
+    def statistics(self, advance: Callable[[int], None]) -> Statistics:
+        found = []
+        for text in self.subject.texts.values():
+            for ids in text[: self.half]:
+                found += measure(self.subject.model, self.subject.parts, ids)
+                advance(len(ids))
+        return pool(found)
 
     def arms(self, saliency: Tensor) -> Iterator[Arm]:
         parts, density = self.subject.parts, self.subject.density
@@ -136,13 +146,23 @@ class Perturbation:
             yield Arm("random", seed, salient(draw, parts, density))
         yield Arm("top", None, salient(saliency, parts, density))
 
+    def losses(self, advance: Callable[[int], None]) -> dict[str, list[float]]:
+        """Of each domain, the losses of its sequences."""
+        found: dict[str, list[float]] = {}
+        for name, text in self.subject.texts.items():
+            found[name] = []
+            for ids in text[self.half :]:
+                found[name].append(self.loss(ids))
+                advance(len(ids))
+        return found
+
     @torch.no_grad()
     def loss(self, ids: Tensor) -> float:
         """Mean negative log-likelihood of a token of one sequence [T]."""
         ids = ids[None].to(self.subject.model.device)
         return self.subject.model(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
-    def answer(self, advance) -> Evaluation:
+    def answer(self, advance: Callable[[int], None]) -> Evaluation:
         model, tokenizer = self.subject.model, self.subject.tokenizer
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -154,7 +174,7 @@ class Perturbation:
             max_completion_length=self.arguments.max_completion_length,
             eos_token_id=[end for end in {*ends, tokenizer.eos_token_id} if end is not None],
             batch_size=self.arguments.batch_size,
-            advance=advance,
+            advance=lambda count: advance(count * self.prompt_cost),
         )
 
     def results(self, found: list[dict]) -> dict:
@@ -185,13 +205,12 @@ class Clamp:
 
 
 def record(arm: Arm, nll: dict[str, list[float]], answers: Evaluation) -> dict:
-    """What came of an arm; `nll` has the mean negative log-likelihood of a token in each sequence of each domain."""
-    everything = [value for values in nll.values() for value in values]
+    """What came of an arm; `nll` has the losses of each domain's sequences."""
     return {
         "channels": arm.channels,
         "seed": arm.seed,
-        "perplexity": perplexity(everything),
-        "perplexity of domains": {name: perplexity(values) for name, values in nll.items()},
+        "perplexity": perplexity(nll),
+        "perplexity of domains": {name: perplexity({name: values}) for name, values in nll.items()},
         "nll": nll,
         "accuracy": answers.accuracy,
         "accuracy standard error": answers.standard_error,
@@ -199,8 +218,8 @@ def record(arm: Arm, nll: dict[str, list[float]], answers: Evaluation) -> dict:
     }
 
 
-def perplexity(nll: list[float]) -> float:
-    return math.exp(sum(nll) / len(nll))
+def perplexity(nll: dict[str, list[float]]) -> float:
+    return math.exp(mean(value for values in nll.values() for value in values))
 
 
 def summary(results: dict) -> Table:
