@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from longact_kernels.modules import SalientLinear
+from longact_kernels.modules import SalientLayer
 
 
 class Head(NamedTuple):
@@ -283,14 +283,15 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
 
 def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the language model in `model`, but for its cross-attention and the towers beside it."""
-    text, decoder = None, model
+    text = model
     # A wrapper's decoder may be a wrapper itself; some models call their last linear layer the decoder.
-    while decoder is not text and any(decoder.children()):
+    while callable(getattr(text, "get_decoder", None)):
+        decoder: Any = text.get_decoder()  # type: ignore[operator]
+        if decoder is text or not any(decoder.children()):
+            break
         text = decoder
-        get_decoder: Any = getattr(text, "get_decoder", None)
-        decoder = get_decoder() if callable(get_decoder) else text
     prefix = next(name for name, module in model.named_modules() if module is text)
-    for inner, module in model.get_submodule(prefix).named_modules():
+    for inner, module in text.named_modules():
         if not ELSEWHERE.search(inner):
             yield ".".join(part for part in (prefix, inner) if part), module
 
@@ -313,8 +314,10 @@ def _weight(module: nn.Module) -> torch.Tensor:
 
 def _check_plain(path: str, module: nn.Module) -> bool:
     """Raises where a layer cannot be trained row by row; returns whether its weight is stored [in, out]."""
-    if isinstance(module, SalientLinear):
-        raise ValueError(f"model: {path} is a SalientLinear already; call restore() on the LongAct that swapped it in")
+    if isinstance(module, SalientLayer):
+        raise ValueError(
+            f"model: {path} is a {type(module).__name__} already; call restore() on the LongAct that swapped it in"
+        )
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if hasattr(module, "base_layer"):
         raise ValueError(

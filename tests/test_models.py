@@ -63,3 +63,106 @@ def test_unknown_head_size_is_an_error_that_says_where_it_is_looked_for():
     model.head_dim = 5
     with pytest.raises(ValueError, match=r"the heads of q_proj from 5 channels a head and .* 12 output channels"):
         LongAct(model)
+
+
+def test_target_modules_by_ending_expression_and_function(model):
+    every = [projection.name for projection in find_projections(model)]
+    queries = [name for name in every if name.endswith("q_proj")]
+    assert [p.name for p in find_projections(model, ["q_proj"])] == queries
+    assert [p.name for p in find_projections(model, ["self_attn.k_proj", "q_proj"])] == every
+    assert [p.name for p in find_projections(model, r".*layers\.1\..*q_proj")] == queries[1:]
+    assert find_projections(model, lambda path, module: None if "q_proj" not in path else [(0, 40, 10)]) == (
+        find_projections(model, ["q_proj"])
+    )
+
+
+def test_target_modules_of_a_layer_with_a_name_of_its_own():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.mixed = torch.nn.Linear(32, 50)
+    ranges = [(5, 25, 10), (30, 40, 5)]
+    found = find_projections(model, lambda path, module: ranges if path.endswith("mixed") else None)
+    assert [head.kind is None for head in found[0].heads] == [True, False, False, True, False, False, True]
+    assert [head.size for head in found[0].heads] == [5, 10, 10, 5, 5, 5, 10]
+    longact = LongAct(model, target_modules=lambda path, module: ranges if path.endswith("mixed") else None)
+    assert list(longact.layers) == [f"model.layers.{i}.self_attn.mixed" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "ranges", [[(0, 41, 10)], [(0, 35, 10)], [(0, 20, 10), (10, 30, 10)], [(0, 20, 0)], [(5, 5, 1)]]
+)
+def test_ranges_that_do_not_fit_are_an_error(ranges):
+    with pytest.raises(
+        ValueError, match=r"^target_modules: got the range .* for model.layers.0.*, which has 40 output"
+    ):
+        find_projections(tiny_model(), lambda path, module: ranges if path.endswith("q_proj") else None)
+
+
+def test_target_modules_that_match_nothing_or_no_linear_layer():
+    with pytest.raises(
+        ValueError, match=r"^target_modules: got \['query'\], which matches no layer of LlamaFor.* k_proj"
+    ):
+        find_projections(tiny_model(), ["query"])
+    with pytest.raises(
+        ValueError, match=r"^model: model.layers.0.self_attn is a .*Attention; needed a plain torch.nn.Lin"
+    ):
+        find_projections(tiny_model(), ["self_attn"])
+
+
+def test_a_vision_tower_stays_dense():
+    import transformers
+    from conftest import SHAPE
+
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **SHAPE},
+        vision_config={"model_type": "clip_vision_model", "patch_size": 4, **vision},
+        image_token_index=3,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    assert any("vision" in name and name.endswith("q_proj") for name, _ in model.named_modules())
+    names = [f"model.language_model.layers.{i}.self_attn.{which}_proj" for i in (0, 1) for which in "qk"]
+    assert [projection.name for projection in find_projections(model)] == names
+
+
+def test_adapters_are_refused_with_what_to_do():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj is a peft.*, an adapter around a linear layer.*merge_and_unload"):
+        LongAct(adapted)
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    assert len(LongAct(merged).layers) == 4
+    elsewhere = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match=r"none of the 4 query and key projections requires a gradient \(the first is"):
+        LongAct(elsewhere)
+
+
+def test_quantised_weights_are_refused():
+    class Int4Tensor(torch.Tensor):
+        """Stands for a quantising library's tensor inside a plain linear layer."""
+
+    model = tiny_model()
+    linear = model.model.layers[0].self_attn.k_proj
+    weight = linear.weight.detach()
+    linear.weight = torch.nn.Parameter(weight.as_subclass(Int4Tensor))
+    with pytest.raises(
+        ValueError, match=r"weight of model.layers.0.self_attn.k_proj is a Int4Tensor of .*quantised, load"
+    ):
+        LongAct(model)
+    linear.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"weight of .*k_proj is a Tensor of torch.int8; needed a plain floating-point"
+    ):
+        LongAct(model)
+
+
+def test_layers_that_share_a_weight_are_refused_and_a_tied_head_is_not():
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(find_projections(model)) == 4
+    first, second = model.model.layers
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.q_proj shares its weight with model.layers.0.self_attn.q_proj"
+    ):
+        LongAct(model)
