@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ def main() -> int:
     parser.add_argument("-k", default="", help="only the benchmarks whose names match, as in pytest")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    raw = args.output / "pytest-benchmark.json"
-    raw.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        return run(args, Path(folder) / "pytest-benchmark.json")
+
+
+def run(args: argparse.Namespace, raw: Path) -> int:
     options = ["-q", "-ra", "-o", "python_files=bench_*.py", "-o", "addopts=", "-p", "no:cacheprovider", "-k", args.k]
     options += [f"--benchmark-json={raw}", "--benchmark-columns=rounds", "--benchmark-disable-gc", "--benchmark-quiet"]
     status = pytest.main([*options, *(["--full"] if args.full else []), str(Path(__file__).parent)])

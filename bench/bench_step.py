@@ -87,7 +87,7 @@ def test_smollm2(race):
         peer="dense, AdamW(fused=True)",
         check=check,
         bars={"ours": 1.00, "ours, no numba": 1.02},
-        rounds=(4, 20),
+        rounds=(5, 20),
         budget=60.0,
     )
 

@@ -8,7 +8,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import pytest
 import torch
 
-from bench.race import DEVICE, Turns, peak_bytes
+from bench.race import DEVICE, FALLBACK, Turns, numba_switched_off, peak_bytes
 
 
 def pytest_addoption(parser):
@@ -34,7 +34,8 @@ def race(benchmark, full):
         variant: dtype and shape.
         contenders: functions by name; "ours" is ours.
         peer: the contender that ratios are taken to.
-        check: raises AssertionError if our result is not the reference's; without it nothing is timed.
+        check: raises AssertionError if our result is not the reference's; nothing is timed then. Where our form without
+            numba takes part, it is checked as well.
         roof: a function that moves the fewest bytes, or does the fewest operations, that the work needs.
         bars: by contender, the ratio that it is held to.
         curve: (picture, name of the x axis, x) where the race is a point of a picture.
@@ -42,6 +43,9 @@ def race(benchmark, full):
 
     def run(work, variant, contenders, *, peer, check, roof=None, bars=None, curve=None, rounds=(5, 40), budget=3.0):
         check()
+        if any(name.startswith(FALLBACK) for name in contenders):
+            with numba_switched_off():
+                check()
         runners = contenders if roof is None else {**contenders, "limit": roof}
         turns = Turns(runners)
         count = turns.rounds_in(budget * (5 if full else 1), *rounds)

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from longact_kernels.cpu import native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FALLBACK = "ours, no numba"
 
 
 def synchronize() -> None:
@@ -65,7 +66,7 @@ def ours(run: Callable) -> dict[str, Callable]:
         with numba_switched_off():
             run()
 
-    return {"ours": run, "ours, no numba": fallback}
+    return {"ours": run, FALLBACK: fallback}
 
 
 class Turns:
@@ -76,10 +77,11 @@ class Turns:
         self.times: dict[str, list[float]] = {name: [] for name in contenders}
 
     def rounds_in(self, budget: float, fewest: int, most: int) -> int:
-        """Runs everything once to warm up and once for the clock, and says how many rounds fit a budget in seconds."""
-        for run in self.contenders.values():
-            run()
-        once = sum(seconds(run) for run in self.contenders.values())
+        """Runs everything once to warm up and, if that was quick, once for the clock; the rounds that fit a budget."""
+        for _ in range(2):
+            once = sum(seconds(run) for run in self.contenders.values())
+            if once * fewest > budget:
+                return fewest
         return min(most, max(fewest, int(budget / once)))
 
     def __call__(self) -> None:

@@ -1,6 +1,7 @@
 """One table, one CSV, one JSON and the pictures from what pytest-benchmark stored."""
 
 import csv
+import itertools
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -98,6 +99,18 @@ def _print(lines: list[dict], about: dict) -> None:
     Console(width=max(console.width, 140)).print(table)
 
 
+# Legible on a white page and on a dark one, which a transparent picture may stand on.
+GREY = "#7d8590"
+COLOURS = ("#2f81f7", "#e5534b", "#57ab5a", "#c69026", "#986ee2")
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("axes.grid", "savefig.transparent"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+}
+
+
 def _draw(results: list[dict], about: dict, folder: Path) -> list[str]:
     import matplotlib
 
@@ -119,27 +132,35 @@ def _draw(results: list[dict], about: dict, folder: Path) -> list[str]:
         "time_against_size.png": [key for key in curves if key[1] != "density"],
         "memory_against_density.png": [key for key in curves if key[0] == "Optimizer state"],
     }
+    # A contender has one colour in all pictures.
+    contenders = dict.fromkeys(contender for lines in curves.values() for contender in lines)
+    colours = dict(zip(contenders, itertools.cycle(COLOURS)))
     drawn = []
     for name, keys in pictures.items():
         if not keys:
             continue
-        figure, panels = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.6), squeeze=False, layout="constrained")
-        for panel, key in zip(panels[0], keys, strict=True):
-            for contender, points in curves[key].items():
-                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=contender)
-            panel.set(title=key[0], xlabel=key[1], ylabel="MiB" if key[0] == "Optimizer state" else "milliseconds")
-            if key[1] != "density":
-                panel.set(xscale="log", yscale="log")
-                points = sorted({x for line in curves[key].values() for x, _ in line})
-                panel.set_xticks(points, [f"{x:,}" for x in points], fontsize="x-small")
-                panel.minorticks_off()
-            else:
-                panel.set_ylim(bottom=0)
-            panel.legend(fontsize="small")
-        figure.suptitle(
-            f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}", fontsize="small"
-        )
-        figure.savefig(folder / name, dpi=120)
-        plt.close(figure)
+        with plt.rc_context(STYLE):
+            _panels(plt, {key: curves[key] for key in keys}, colours, about, folder / name)
         drawn.append(name)
     return drawn
+
+
+def _panels(plt, curves: dict, colours: dict[str, str], about: dict, path: Path) -> None:
+    """One picture: a panel for each (title, x axis), a line for each contender."""
+    figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), squeeze=False, layout="constrained")
+    for panel, (key, lines) in zip(panels[0], curves.items(), strict=True):
+        for contender, points in lines.items():
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=contender, color=colours[contender])
+        panel.set(title=key[0], xlabel=key[1], ylabel="MiB" if key[0] == "Optimizer state" else "milliseconds")
+        if key[1] != "density":
+            panel.set(xscale="log", yscale="log")
+            points = sorted({x for line in lines.values() for x, _ in line})
+            panel.set_xticks(points, [f"{x:,}" for x in points], fontsize="x-small")
+            panel.minorticks_off()
+        else:
+            panel.set_ylim(bottom=0)
+        panel.legend(fontsize="small")
+    device = f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
+    figure.suptitle(device, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
