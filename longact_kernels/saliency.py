@@ -134,7 +134,6 @@ class LongAct:
         self.layers: dict[str, SalientLayer] = {}
 
         projections = find_projections(model, target_modules)
-        _check_unshared(projections)
         runs = [_runs(projection, axis) for projection in projections]
         partners = [_partners(model, projection) for projection in projections] if pair_rope else None
         self._select = Selection(runs, density, self.scope, self.strategy, threshold, seed, partners)
@@ -618,18 +617,6 @@ def _one_of(argument: str, value: Any, choices: object) -> Any:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _check_unshared(projections: list[Projection]) -> None:
-    """Whether every projection has a weight of its own, which its set can be one of."""
-    names: dict[int, str] = {}
-    for projection in projections:
-        first = names.setdefault(id(projection.module.weight), projection.name)
-        if first != projection.name:
-            raise ValueError(
-                f"model: {first} and {projection.name} share one weight, which has one salient set; name one of "
-                "them in target_modules"
-            )
 
 
 def _runs(projection: Projection, axis: Axis) -> list[Run]:

@@ -331,15 +331,6 @@ def test_tied_embeddings_stay_tied_through_training_and_files(tmp_path):
     assert_same_weights(model, loaded)
 
 
-def test_projections_that_share_a_weight_are_refused():
-    model = tiny_model(num_key_value_heads=4)
-    attention = model.model.layers[1].self_attn
-    attention.k_proj.weight = attention.q_proj.weight
-    with pytest.raises(ValueError, match=r"^model: .*1.self_attn.q_proj and .*1.self_attn.k_proj share one weight"):
-        LongAct(model)
-    assert type(attention.q_proj) is torch.nn.Linear
-
-
 # Two processes
 
 
