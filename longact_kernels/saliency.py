@@ -197,6 +197,7 @@ class LongAct:
                     source += range(places[kind], places[kind] + size)
                     places[kind] += size
             self.layers[projection.name] = become_salient(module, salient)
+        self._sizes = segments
         self._segments = torch.tensor(segments)
         self._source = torch.tensor(source) if self.site != "projection" else None
         self._allocate(next(iter(self.layers.values())).weight.device)
@@ -251,8 +252,7 @@ class LongAct:
 
     def _view(self) -> None:
         """Makes the layers' views into the flat buffers; a pickle does not keep them views."""
-        sizes = self._segments.tolist()
-        parts = zip(self._absmax.split(sizes), self._l2_sum.split(sizes), self._sequences, strict=True)
+        parts = zip(self._absmax.split(self._sizes), self._l2_sum.split(self._sizes), self._sequences, strict=True)
         l2 = self.statistic == "l2"
         self._stats = [RunningStats(absmax, *((l2_sum, n) if l2 else ())) for absmax, l2_sum, n in parts]
         if self.grads is not None:

@@ -426,3 +426,27 @@ def test_ranks_choose_the_set_of_the_whole_batch(tmp_path):
             for rank in (0, 1):
                 assert results[rank][statistic][0] == chosen
                 torch.testing.assert_close(results[rank][statistic][1], saliency, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"scope": "model"}, {"strategy": "threshold", "density": 0.6}])
+def test_sets_with_empty_slots_train_alike_in_every_form(options):
+    """Whole or compact state and gradients of sets that layers fill to different parts; channels outside stay."""
+    trained = []
+    for state, grad in (("full", "full"), ("compact", "full"), ("compact", "compact")):
+        model = tiny_model()
+        longact = LongAct(model, **options, grad=grad, freeze_after=2)
+        optimizer = SalientAdamW(model.parameters(), lr=1e-3, eps=1e-4, longact=longact, state=state)
+        for step in range(5):
+            if step == 2:
+                rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
+                before = {name: layer.weight.detach().clone() for name, layer in longact.layers.items()}
+            backward(model, tokens(seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert any((one < 0).any() for one in rows.values()) and any((one >= 0).any() for one in rows.values())
+        for name, layer in longact.layers.items():
+            moved = (layer.weight != before[name]).any(1).nonzero().flatten()
+            assert torch.equal(moved, rows[name][rows[name] >= 0])
+        trained.append([p.detach() for p in model.parameters()])
+    for other in trained[1:]:
+        torch.testing.assert_close(other, trained[0], rtol=1e-4, atol=1e-6)
