@@ -1,13 +1,22 @@
-"""The scripts in examples/ run as they stand, on a tiny model."""
+"""The scripts in examples/ and the code in docs/loops.md run as they stand, on a tiny model."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 import tiny
-from transformers import AutoModelForCausalLM
+import torch
+from accelerate import Accelerator
+from conftest import tiny_model, tokens
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.integrations.trainer import LongActCallback, LongActTrainerMixin
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loops.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -62,3 +71,26 @@ def test_massive_values(run):
 
 def test_functional_kernels(run):
     assert run("functional_kernels.py") == "152 of 512 rows moved, just the salient ones: True\n"
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone, for the block about several."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_the_blocks_of_the_page_on_loops(i, tmp_path, request):
+    if "DistributedDataParallel" in BLOCKS[i]:
+        request.getfixturevalue("group")
+    model = tiny_model()
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    dataset = [{"input_ids": row, "labels": row} for row in tokens(16)]
+    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    given = (Accelerator, LongAct, LongActCallback, LongActTrainerMixin, SalientAdamW, Trainer)
+    names = {thing.__name__: thing for thing in given}
+    batches = [tokens(4, seed=seed) for seed in range(4)]
+    exec(BLOCKS[i], {**names, "model": model, "batches": batches, "dataset": dataset, "args": args, "torch": torch})
+    assert (model.model.layers[0].self_attn.q_proj.weight != before).any()
