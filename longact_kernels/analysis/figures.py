@@ -136,7 +136,8 @@ def perturbation(results: dict) -> Figure:
         if len(arms) > 1:
             above.plot([arm["perplexity"] for arm in arms], [place] * len(arms), "o", ms=4, color="0.15")
         highest = max(arm["perplexity"] for arm in arms)
-        above.text(1.15 * highest, place, f"{mean:,.0f}" if len(arms) == 1 else f"mean {mean:,.0f}", va="center")
+        value = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
+        above.text(1.15 * highest, place, value if len(arms) == 1 else f"mean {value}", va="center")
     above.set(xscale="log", xlabel="perplexity (log; lower is better)")
     above.set_xlim(1, 6 * max(means))
 
