@@ -137,7 +137,6 @@ def test_a_model_without_query_and_key_projections(place, tmp_path, capsys):
         (["--density", "1.5"], "density: got 1.5"),
         (["--task", "vt", "--haystack", "no/such.txt"], "haystack: 'no/such.txt' is no file here"),
         (["--reward", "no_such_module:f"], "reward: cannot import no_such_module"),
-        (["--report_to", "wandb"], "report_to: wandb is not installed"),
     ],
 )
 def test_arguments_are_checked_before_a_model_is_looked_for(tmp_path, capsys, words, message):

@@ -152,7 +152,9 @@ def test_a_reporter_gets_the_logs(folder, tmp_path):
         (["--scale_rewards", "batch"], "dynamic_sampling_rounds: needs advantages that depend on their group alone"),
     ],
 )
-def test_what_an_option_needs_is_looked_for_first(words, message, folder, tmp_path):
+def test_what_an_option_needs_is_looked_for_first(words, message, folder, tmp_path, monkeypatch):
+    # Whatever happens to be installed here.
+    monkeypatch.setattr("longact_kernels.rl.train.find_spec", lambda package: None)
     line = ["--model", str(folder), "--output_dir", str(tmp_path / "run"), "--use_cpu", "True", "--length", "360"]
     line += ["--train_prompts", "1", "--eval_prompts", "1"]
     with pytest.raises(ValueError, match=message):
