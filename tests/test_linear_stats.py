@@ -139,6 +139,7 @@ def test_more_than_two_to_the_31_elements_apart(impl):
         (dict(bias=torch.zeros(5)), "bias: got"),
         (dict(mask=torch.ones(2, 5)), "mask: got torch.float32"),
         (dict(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens: goes with packed x"),
+        (dict(x=torch.zeros(5, 8), cu_seqlens=torch.tensor([0.0, 5.0])), "cu_seqlens: got torch.float32"),
         (dict(impl="fast"), "impl: got 'fast'"),
     ],
 )

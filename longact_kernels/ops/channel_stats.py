@@ -48,6 +48,11 @@ def channel_stats(
 
 @torch.library.custom_op("longact::channel_stats", mutates_args=())
 def _channel_stats(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    return run(y, mask, cu_seqlens, l2)
+
+
+def run(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    """What the op does: also for another op, whose arguments have been checked, to take part in."""
     return implementation("channel_stats", y, _kernel, _reference)(y, mask, cu_seqlens, l2)
 
 

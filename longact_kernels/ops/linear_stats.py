@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops import impl_table
-from longact_kernels.ops.channel_stats import channel_stats
+from longact_kernels.ops.channel_stats import run as channel_stats
 from longact_kernels.ops.device import matmul_precision, target
 from longact_kernels.ops.dispatch import runs_triton
 
@@ -66,6 +66,8 @@ def linear_stats(
         )
     if cu_seqlens is not None and x.ndim != 2:
         raise ValueError(f"cu_seqlens: goes with packed x of shape [tokens, K], got x {list(x.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]")
     if impl == "fused" and x.dtype not in _OVERFLOW:
         raise ValueError(f"impl: 'fused' takes fp32, fp16 and bf16, got x in {x.dtype}; use impl='separate'")
     if impl == "fused" and not x.device.type == "meta" and not runs_triton(x):
