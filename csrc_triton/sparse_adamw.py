@@ -184,7 +184,7 @@ def sparse_adamw(
         elif WEIGHT.primitive_bitwidth == 16:
             w = tl.where(stochastic != 0, stochastic_round(w, hash32(key ^ offs.to(tl.uint32)), WEIGHT), w)
         tl.store(weight_ptrs + at_weight, w.to(WEIGHT), mask=mask)
-        if tl.bfloat16 == MOMENT:
+        if MOMENT.primitive_bitwidth == 16:
             bits = hash32(moment_key ^ offs.to(tl.uint32))  # of which each moment takes half
             m = tl.where(stochastic != 0, stochastic_round(m, bits, MOMENT), m)
             v = tl.where(stochastic != 0, stochastic_round(v, bits << 16, MOMENT), v)

@@ -46,13 +46,13 @@ def problem(
         lists["weights"].append(weight)
         lists["grads"].append(strided(salient if compact_grad else (N, K), grad_dtype, generator, pitch))
         lists["rows"].append(index)
-        lists["exp_avgs"].append((strided(held, torch.float32, generator, pitch) * 0.1).to(moment))
-        exp_avg_sq = strided(held, torch.float32, generator, pitch).square() * 0.01 + 1e-3
+        lists["exp_avgs"].append((strided(held, torch.float32, generator, 0) * 0.1).to(moment))
+        exp_avg_sq = strided(held, torch.float32, generator, 0).square() * 0.01 + 1e-3
         lists["exp_avg_sqs"].append(exp_avg_sq.to(moment))
         steps = torch.randint(0, 5, (S if compact else channels,), dtype=torch.int32, generator=generator)
         lists["steps"].append(steps)
         if master:
-            lists["masters"].append(strided(held, torch.float32, generator, pitch))
+            lists["masters"].append(strided(held, torch.float32, generator, 0))
     return [lists[name] for name in NAMES]
 
 

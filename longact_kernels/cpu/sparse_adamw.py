@@ -13,118 +13,122 @@ from longact_kernels.reference.sparse_adamw import AdamWCall, hash32, moment_key
 # Elements of one task: large beside the cost of handing it out, small beside a core's share of the work.
 _TASK = 1 << 16
 # Elements that the ATen form works on at a time, so that what it writes in between stays in the cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18
 
 
 def sparse_adamw_(call: AdamWCall) -> None:
     """See :func:`longact_kernels.ops.sparse_adamw_`."""
     if call.found_inf is not None and call.found_inf.item():
         return
-    along = 0 if call.axis == "rows" else 1
+    if native.available() and _fits_native(call):
+        _native(call)
+    else:
+        _aten(call)
+
+
+def _fits_native(call: AdamWCall) -> bool:
+    """Whether the native code reads these formats and layouts, and gives the bits that are wanted."""
+    if call.weights[0].dtype == torch.float16 or call.grads[0].dtype == torch.float16:
+        return False
+    whole = [weight.shape for weight in call.weights]
+    packed = call.compact or [grad.shape for grad in call.grads] != whole
+    if call.axis == "columns" and packed:
+        return False
     # Whole sets are dense AdamW, and shall have its bits: ATen's square root (MKL's) is not always the nearest number.
-    whole = all(
-        len(index) == weight.shape[along] and not (index[:1] < 0).any()
-        for index, weight in zip(call.rows, call.weights, strict=True)
+    along = 0 if call.axis == "rows" else 1
+    dense = all(
+        index.shape[0] == shape[along] and not (index[:1] < 0).any()
+        for index, shape in zip(call.rows, whole, strict=True)
     )
-    packed = call.compact or any(g.shape != w.shape for g, w in zip(call.grads, call.weights, strict=True))
-    fits = _fits_native(call.weights, call.grads, call.exp_avgs, call.exp_avg_sqs, call.masters)
-    native_runs = native.available() and fits and not whole and not (along == 1 and packed)
-    (_native if native_runs else _aten)(call)
-
-
-def _fits_native(*groups: list[Tensor]) -> bool:
-    """Whether the elements of every row lie side by side, in a format that the native code reads."""
-    return all(t.stride(1) == 1 and t.dtype != torch.float16 for group in groups for t in group)
+    return not dense and all(grad.stride()[1] == 1 for grad in call.grads)
 
 
 def _native(call: AdamWCall) -> None:
     from longact_kernels.cpu.native import sparse_adamw as kernels
 
     along_rows = call.axis == "rows"
-    # Plain arrays: with many small weights the time of tensor calls would show.
-    table, numbers, firsts, ends = array("q"), array("q"), array("q"), array("q")
-    kept = []  # what is made here and must live until the kernels are done
-    for i, (weight, grad) in enumerate(zip(call.weights, call.grads, strict=True)):
-        N, K = weight.shape
-        index = call.rows[i].contiguous()
-        S = index.shape[0]
-        m, v = call.exp_avgs[i], call.exp_avg_sqs[i]
-        master = (call.masters[i].data_ptr(), call.masters[i].stride(0)) if call.masters else (0, 0)
-        scratch = () if along_rows else (torch.empty(3 * K), torch.empty(K + 3, dtype=torch.int64))
-        kept.append((index, *scratch))
-        table.extend((
-            weight.data_ptr(), weight.stride(0), grad.data_ptr(), grad.stride(0),
-            m.data_ptr(), m.stride(0), v.data_ptr(), v.stride(0), *master, call.steps[i].data_ptr(), index.data_ptr(),
-            N, K, weight.dtype == torch.bfloat16, grad.dtype == torch.bfloat16, call.compact, grad.shape != weight.shape,
-            S, *((0, 0) if along_rows else (part.data_ptr() for part in scratch)), m.dtype == torch.bfloat16,
-        ))  # fmt: skip
-        count = S if along_rows else N
-        size = max(1, _TASK // max(1, K))
-        for first in range(0, count, size):
-            numbers.append(i)
-            firsts.append(first)
-            ends.append(min(first + size, count))
+    # Plain arrays and few calls of tensors' methods: with many small weights their time would show.
+    lists = (call.weights, call.grads, call.rows, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters)
+    addresses = array("q", [tensor.data_ptr() for tensors in lists for tensor in tensors])
+    sizes, tasks, scratch = array("q"), 0, 0
+    for weight, grad, index in zip(call.weights, call.grads, call.rows, strict=True):
+        (N, K), (S,), of_grad = weight.shape, index.shape, grad.shape
+        per_task = max(1, _TASK // max(1, K))
+        strides = weight.stride()[0], grad.stride()[0]
+        sizes.extend((N, K, S, *strides, of_grad != (N, K), tasks, per_task, scratch))
+        tasks += -(-(S if along_rows else N) // per_task)
+        scratch += 0 if along_rows else 3 * K + 4
+    columns = torch.empty(scratch, dtype=torch.int64)
     scale = 0.0 if call.grad_scale is None else call.grad_scale.item()
     sign = -1 if call.maximize else 1
     scalars = array("d", (call.lr.item(), call.beta1, call.beta2, call.eps, call.weight_decay, scale, sign))
-    seed = -1 if call.seed is None else call.seed & 0xFFFFFFFF
-    args = [*(values.buffer_info()[0] for values in (table, scalars, numbers, firsts, ends)), 0, seed]
-    passes = [(kernels.column_factors, len(call.weights)), (kernels.columns, len(numbers))]
-    for kernel, count in [(kernels.rows, len(numbers))] if along_rows else passes:
-        if native.run(kernel, count, args)[-2]:
+    args = (
+        *(values.buffer_info()[0] for values in (addresses, sizes, scalars)), columns.data_ptr(), len(call.weights),
+        *(tensors[0].dtype == torch.bfloat16 for tensors in (call.weights, call.grads, call.exp_avgs)),
+        bool(call.masters), call.compact, -1 if call.seed is None else call.seed & 0xFFFFFFFF, 0,
+    )  # fmt: skip
+    passes = [(kernels.column_factors, len(call.weights)), (kernels.columns, tasks)]
+    for kernel, count in [(kernels.rows, tasks)] if along_rows else passes:
+        if native.run(kernel, count, args)[-1]:
             raise IndexError(f"rows: an index outside the weight's {call.axis}")
 
 
 def _aten(call: AdamWCall) -> None:
-    dim = 0 if call.axis == "rows" else 1
+    along = 0 if call.axis == "rows" else 1
     lr = call.lr.item()
+    scratch = torch.empty(4, max(_BLOCK, *(max(weight.shape) for weight in call.weights)))
     for i, (weight, index) in enumerate(zip(call.weights, call.rows, strict=True)):
         empty = int((index == -1).sum())
         index = index[empty:]
-
-        def filled(tensor: Tensor, compact: bool, first: int = empty, count: int = len(index)) -> Tensor:
-            return tensor.narrow(dim if tensor.ndim == 2 else 0, first, count) if compact else tensor
-
+        if not len(index) or not weight.numel():
+            continue
+        if index[0] < 0 or index[-1] >= weight.shape[along]:
+            raise IndexError(f"rows: an index outside the weight's {call.axis}")
         compact_grad = call.grads[i].shape != weight.shape
-        grad = filled(call.grads[i], compact_grad)
-        exp_avg, exp_avg_sq, steps = (
-            filled(states[i], call.compact) for states in (call.exp_avgs, call.exp_avg_sqs, call.steps)
-        )
-        master = filled(call.masters[i], call.compact) if call.masters else weight
-        stepped = ... if call.compact else index
+        grad = call.grads[i].narrow(along, empty, len(index)) if compact_grad else call.grads[i]
+        states = [states[i] for states in (call.exp_avgs, call.exp_avg_sqs, call.masters) if states]
+        steps, stepped = call.steps[i], index
+        if call.compact:
+            states = [state.narrow(along, empty, len(index)) for state in states]
+            steps, stepped = steps[empty:], slice(None)
+        exp_avg, exp_avg_sq, *master = states
         steps[stepped] += 1
-        tau = steps[stepped].unsqueeze(1 - dim)
+        tau = steps[stepped].unsqueeze(1 - along)
         step_size = (lr / (1 - call.beta1 ** tau.double())).float()
         correction = (1 - call.beta2 ** tau.double()).sqrt().float()
-        key = None if call.seed is None else random_key(call.seed, i, index.unsqueeze(1 - dim), tau)
-        for block in _blocks(weight, index, dim):
-            g = block.take(grad, compact_grad).float()
-            g = g if call.grad_scale is None else g / call.grad_scale
-            g = -g if call.maximize else g
-            w = block.take(master, call.compact and bool(call.masters)).float()
-            m = block.take(exp_avg, call.compact).float().lerp_(g, 1 - call.beta1)
-            v = block.take(exp_avg_sq, call.compact).float().mul_(call.beta2).addcmul_(g, g, value=1 - call.beta2)
-            denom = v.sqrt().div_(correction[block.slots]).add_(call.eps)
-            w.mul_(1 - lr * call.weight_decay).addcdiv_(m * step_size[block.slots], denom, value=-1)
-            if call.masters and not call.compact:
-                block.put(master, w)
-            if key is not None:
-                if weight.dtype != torch.float32 and not call.masters:
-                    w = stochastic_round(w, hash32(key[block.slots] ^ block.places), weight.dtype)
-                if exp_avg.dtype == torch.bfloat16:
-                    bits = hash32(moment_key(key[block.slots]) ^ block.places)
-                    m = stochastic_round(m, bits, torch.bfloat16)
-                    v = stochastic_round(v, bits << 16 & 0xFFFFFFFF, torch.bfloat16)
-            block.put(weight, w.to(weight.dtype))
-            block.put(exp_avg, m.to(exp_avg.dtype), call.compact)
-            block.put(exp_avg_sq, v.to(exp_avg.dtype), call.compact)
+        key = None if call.seed is None else random_key(call.seed, i, index.unsqueeze(1 - along), tau)
+        for block in _blocks(weight, index, along):
+            G, M, V, W = (numbers[: block.shape.numel()].view(block.shape) for numbers in scratch)
+            g = block.take(grad, compact_grad, G)
+            g = g if call.grad_scale is None else torch.div(g, call.grad_scale, out=G)
+            g = torch.neg(g, out=G) if call.maximize else g
+            m = torch.lerp(block.take(exp_avg, call.compact, M), g, 1 - call.beta1, out=M)
+            v = torch.mul(block.take(exp_avg_sq, call.compact, V), call.beta2, out=V)
+            v.addcmul_(g, g, value=1 - call.beta2)
+            if key is not None and exp_avg.dtype == torch.bfloat16:
+                bits = hash32(moment_key(key[block.slots]) ^ block.places)
+                block.put(exp_avg, call.compact, stochastic_round(m, bits, torch.bfloat16))
+                block.put(exp_avg_sq, call.compact, stochastic_round(v, bits << 16 & 0xFFFFFFFF, torch.bfloat16))
+            else:
+                block.put(exp_avg, call.compact, m)
+                block.put(exp_avg_sq, call.compact, v)
+            denom = v.sqrt_().div_(correction[block.slots]).add_(call.eps)
+            update = m.mul_(step_size[block.slots])
+            w = block.take(master[0], call.compact, W) if master else block.take(weight, False, W)
+            w = torch.mul(w, 1 - lr * call.weight_decay, out=W).addcdiv_(update, denom, value=-1)
+            if master:
+                block.put(master[0], call.compact, w)
+            elif key is not None and weight.dtype != torch.float32:
+                w = stochastic_round(w, hash32(key[block.slots] ^ block.places), weight.dtype)
+            block.put(weight, False, w)
 
 
 class _Block(NamedTuple):
-    """Some of a weight's salient elements: `channels` along `dim` in the rows `of_whole` of a tensor of its shape; in
-    a compact tensor, the rows `of_compact`. `slots` are the channels' places in the set, `places` the elements' places
-    in a channel."""
+    """Some of a weight's salient elements, side by side: `channels` along `dim` in the rows `of_whole` of a tensor of
+    its shape; in a compact tensor, the rows `of_compact`. `slots` are the channels' places in the set, `places` the
+    elements' places in a channel."""
 
+    shape: torch.Size
     dim: int
     channels: Tensor
     of_whole: slice
@@ -132,27 +136,45 @@ class _Block(NamedTuple):
     slots: slice
     places: Tensor
 
-    def take(self, tensor: Tensor, compact: bool = False) -> Tensor:
-        """A copy of these elements; of a compact tensor a view."""
-        return tensor[self.of_compact] if compact else tensor[self.of_whole].index_select(self.dim, self.channels)
+    def take(self, tensor: Tensor, compact: bool, out: Tensor) -> Tensor:
+        """These elements in fp32, in the tensor itself or in `out`."""
+        if compact:
+            return _float(tensor[self.of_compact], out)
+        if tensor.dtype == torch.float32:
+            return torch.index_select(tensor[self.of_whole], self.dim, self.channels, out=out)
+        return out.copy_(tensor[self.of_whole].index_select(self.dim, self.channels))
 
-    def put(self, tensor: Tensor, value: Tensor, compact: bool = False) -> None:
+    def put(self, tensor: Tensor, compact: bool, value: Tensor) -> None:
         if compact:
             tensor[self.of_compact] = value
+        elif self.dim == 0:
+            wide = _widest(tensor)
+            tensor.view(wide).index_put_((self.channels,), value.to(tensor.dtype).view(wide))
         else:
-            tensor[self.of_whole].index_copy_(self.dim, self.channels, value)
+            tensor[self.of_whole].index_copy_(1, self.channels, value.to(tensor.dtype))
+
+
+def _float(tensor: Tensor, out: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else out.copy_(tensor)
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    """The widest dtype that rows can be copied in: `index_put_` copies element by element."""
+    sizes = (tensor.data_ptr(), *(count * tensor.itemsize for count in (tensor.shape[1], tensor.stride(0))))
+    return torch.complex128 if not any(size % 16 for size in sizes) and tensor.stride(1) == 1 else tensor.dtype
 
 
 def _blocks(weight: Tensor, index: Tensor, dim: int) -> Iterator[_Block]:
-    whole = slice(None)
-    places = torch.arange(weight.shape[1 - dim]).unsqueeze(dim)
+    N, K = weight.shape
     if dim == 0:
-        size = max(1, _BLOCK // max(1, weight.shape[1]))
+        places, size = torch.arange(K), max(1, _BLOCK // K)
         for first in range(0, len(index), size):
             own = slice(first, first + size)
-            yield _Block(dim, index[own], whole, own, own, places)
+            channels = index[own]
+            yield _Block(torch.Size((len(channels), K)), 0, channels, slice(None), own, own, places)
     else:
-        size = max(1, _BLOCK // max(1, len(index)))
-        for first in range(0, len(weight), size):
-            own = slice(first, first + size)
-            yield _Block(dim, index, own, own, whole, places[own])
+        places, size = torch.arange(N).unsqueeze(1), max(1, _BLOCK // len(index))
+        for first in range(0, N, size):
+            own = slice(first, min(first + size, N))
+            shape = torch.Size((own.stop - first, len(index)))
+            yield _Block(shape, 1, index, own, own, slice(None), places[own])

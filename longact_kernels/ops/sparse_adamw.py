@@ -10,9 +10,6 @@ from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as _reference
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_MOMENTS = (torch.float32, torch.bfloat16)
-
 
 def sparse_adamw_(
     weights: list[Tensor],
@@ -77,72 +74,99 @@ def sparse_adamw_(
     )  # fmt: skip
     _check(call)
     if weights:
-        _sparse_adamw_(*call)
+        torch.ops.longact.sparse_adamw_.default(*call)
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {
+    "weights": _FLOATS,
+    "grads": _FLOATS,
+    "rows": (torch.int64,),
+    "exp_avgs": (torch.float32, torch.bfloat16),
+    "exp_avg_sqs": (torch.float32, torch.bfloat16),
+    "steps": (torch.int32,),
+    "masters": (torch.float32,),
+}
 
 
 def _check(call: AdamWCall) -> None:
+    """List by list rather than weight by weight: with many small weights the time that it takes would show."""
     if call.axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {call.axis!r}, needed 'rows' or 'columns'")
-    lists = (*call[:6], call.masters or call.weights)
-    if len({len(entries) for entries in lists}) > 1:
-        raise ValueError(f"sparse_adamw_: lists of one length needed, got {[len(entries) for entries in lists]}")
-    moments = call.exp_avgs + call.exp_avg_sqs
-    for name, tensors in (("weights", call.weights), ("grads", call.grads), ("exp_avgs, exp_avg_sqs", moments)):
-        if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
-            raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
-    devices = {tensor.device for tensors in lists for tensor in tensors}
+    lists = {name: getattr(call, name) for name in _DTYPES}
+    lengths = [len(tensors) for name, tensors in lists.items() if tensors or name != "masters"]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"sparse_adamw_: lists of one length needed, got {lengths}")
+    devices = {tensor.device for tensors in lists.values() for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
-    for i, (weight, grad, index) in enumerate(zip(call.weights, call.grads, call.rows, strict=True)):
-        if index.ndim != 1 or index.dtype != torch.int64 or not index.is_contiguous():
-            raise ValueError(f"rows[{i}]: got {index.dtype} {list(index.shape)}, needed torch.int64 [S], contiguous")
-        if weight.ndim != 2 or weight.dtype not in _FLOATS:
-            raise ValueError(f"weights[{i}]: got {weight.dtype} {list(weight.shape)}, needed fp32, fp16 or bf16 [N, K]")
-        if not _has_plain_rows(weight):
-            raise ValueError(
-                f"weights[{i}]: got strides {weight.stride()}, needed elements of a row next to one another"
-            )
-        whole, S = weight.shape, index.numel()
-        salient = torch.Size((S, whole[1]) if call.axis == "rows" else (whole[0], S))
-        if grad.shape not in (whole, salient) or grad.dtype not in _FLOATS:
-            needed = f"fp32, fp16 or bf16 {list(whole)} or {list(salient)}"
-            raise ValueError(f"grads[{i}]: got {grad.dtype} {list(grad.shape)}, needed {needed}")
-        held = salient if call.compact else whole
-        for name, states, fits in (
-            ("exp_avgs", call.exp_avgs, _MOMENTS),
-            ("exp_avg_sqs", call.exp_avg_sqs, _MOMENTS),
-            ("masters", call.masters, (torch.float32,)),
-        ):
-            if not states:
-                continue
-            state = states[i]
-            if state.shape != held or state.dtype not in fits or not state.is_contiguous():
-                got = f"{state.dtype} {list(state.shape)} with strides {list(state.stride())}"
-                needed = f"{' or '.join(map(str, fits))} {list(held)}"
-                raise ValueError(f"{name}[{i}]: got {got}, needed {needed}, contiguous")
-        channels = held[0 if call.axis == "rows" else 1]
-        step = call.steps[i]
-        if step.shape != (channels,) or step.dtype != torch.int32 or not step.is_contiguous():
-            raise ValueError(
-                f"steps[{i}]: got {step.dtype} {list(step.shape)}, needed torch.int32 [{channels}], contiguous"
-            )
+    for name, tensors in lists.items():
+        _check_dtypes(name, tensors, _DTYPES[name])
+    _check_dtypes("exp_avgs, exp_avg_sqs", call.exp_avgs[:1] + call.exp_avg_sqs[:1], _DTYPES["exp_avgs"])
+
+    whole = [weight.shape for weight in call.weights]
+    for i, weight in enumerate(call.weights):
+        if len(whole[i]) != 2 or not _has_plain_rows(weight):
+            raise _misfit("weights", i, weight, "[N, K], elements of a row next to one another")
+    slots = [index.shape for index in call.rows]
+    for i, shape in enumerate(slots):
+        if len(shape) != 1:
+            raise _misfit("rows", i, call.rows[i], "[S], contiguous")
+    _check_shapes("rows", call.rows, slots)
+    along = 0 if call.axis == "rows" else 1
+    salient = [S + N_K[1:] if along == 0 else N_K[:1] + S for S, N_K in zip(slots, whole, strict=True)]
+    for i, grad in enumerate(call.grads):
+        if grad.shape not in (whole[i], salient[i]):
+            raise _misfit("grads", i, grad, f"{list(whole[i])} or {list(salient[i])}")
+    held = salient if call.compact else whole
+    for name in ("exp_avgs", "exp_avg_sqs", "masters"):
+        if lists[name]:
+            _check_shapes(name, lists[name], held)
+    _check_shapes("steps", call.steps, [shape[along : along + 1] for shape in held])
 
 
-@torch.library.custom_op(
-    "longact::sparse_adamw_",
-    mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters"),
-    schema="(Tensor(a!)[] weights, Tensor[] grads, Tensor[] rows, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, Tensor(e!)[] masters, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool compact, bool maximize, str axis, Tensor? grad_scale, Tensor? found_inf, int? seed) -> ()",
+def _check_dtypes(name: str, tensors: list[Tensor], allowed: tuple[torch.dtype, ...]) -> None:
+    dtypes = {tensor.dtype for tensor in tensors}
+    for i, tensor in enumerate(tensors if not dtypes.issubset(allowed) else ()):
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{name}[{i}]: got {tensor.dtype}, needed {' or '.join(map(str, allowed))}")
+    if len(dtypes) > 1:
+        raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _check_shapes(name: str, tensors: list[Tensor], shapes: list[torch.Size]) -> None:
+    if [tensor.shape for tensor in tensors] == shapes and all(map(Tensor.is_contiguous, tensors)):
+        return
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise _misfit(name, i, tensor, f"{list(shape)}, contiguous")
+
+
+def _misfit(name: str, i: int, tensor: Tensor, needed: str) -> ValueError:
+    return ValueError(f"{name}[{i}]: got {list(tensor.shape)} with strides {list(tensor.stride())}, needed {needed}")
+
+
+# Not `torch.library.custom_op`: with hundreds of tensors, what it adds to a call takes longer than small weights' step.
+_library = torch.library.Library("longact", "FRAGMENT")
+_library.define(
+    "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] rows, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] masters, Tensor lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool compact, bool maximize, str axis, Tensor? grad_scale, Tensor? found_inf, "
+    "int? seed) -> ()"
 )
-def _sparse_adamw_(*args):
+
+
+@torch.library.impl(_library, "sparse_adamw_", "CompositeExplicitAutograd")
+def _run(*args) -> None:
     call = AdamWCall(*args)
     run = implementation("sparse_adamw_", call.weights[0], _kernel, _reference)
     run(call)
+    for changed in (call.weights, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters):
+        torch.autograd.graph.increment_version(changed)
 
 
-@_sparse_adamw_.register_fake
-def _(*args):
+@torch.library.register_fake("longact::sparse_adamw_")
+def _(*args) -> None:
     return None
 
 
@@ -221,7 +245,7 @@ _captured: list[tuple] = []
 
 
 def _has_plain_rows(tensor: Tensor) -> bool:
-    return tensor.stride(1) == 1 or tensor.shape[1] <= 1
+    return tensor.stride()[1] == 1 or tensor.shape[1] <= 1
 
 
 def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:

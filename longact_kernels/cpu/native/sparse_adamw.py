@@ -1,5 +1,14 @@
 """AdamW on salient rows or columns of many weights in one parallel run.
 
+What the kernels find in `args`, from 2 on; see `longact_kernels.cpu.sparse_adamw`, which writes it:
+
+- addresses: of every weight, then every gradient, set, exp_avg, exp_avg_sq, step count, and master, if there are any
+- sizes: for every weight N, K, S, strides of weight and gradient, whether the gradient is compact, tasks of the weights
+  before, channels of a task (along columns: rows), and int64 words that those before take of the scratch for columns
+- scalars: lr, beta1, beta2, eps, weight decay, gradient scale (0: none), sign of the gradient
+- scratch for columns; number of weights; whether weights, gradients and moments are bf16; whether there are masters;
+  whether states are compact; seed (-1: round to nearest); and, set by the kernels, whether an index is wrong
+
 The operations are those of `torch.optim.AdamW`, except that its two divisions are one. Moments have its bits; weights
 differ in the last one or two.
 """
@@ -31,8 +40,8 @@ from longact_kernels.cpu.native.intrinsics import (
 _BLOCK = 1024
 # Neighbouring columns that share a cache line, of which either all are read and written or none.
 _LINE = 16
-# int64 words that describe one weight; see `longact_kernels.cpu.sparse_adamw`, which writes them.
-_WORDS = 22
+# int64 words of one weight in `sizes`.
+_WORDS = 9
 
 _masked_line = masked_adamw(_LINE)
 _masked_single = masked_adamw(1)
@@ -106,11 +115,21 @@ def _write(target, start, count, numbers, by_chance, key, place, shift):
             half[k] = bf16_of(numbers[k])
 
 
+@njit
+def _weight_of(task, number, count, sizes):
+    """The weight that a task works for; `number` is one at or before it."""
+    while number + 1 < count and sizes[(number + 1) * _WORDS + 6] <= task:
+        number += 1
+    return number
+
+
 @compile_kernel
 def rows(args):
-    """Args: table of weights, scalars, weight number, first and end slot of every task, flag of a wrong index, seed
-    (-1: rounds to nearest)."""
-    table, scalars = int64_at(args[2]), float64_at(args[3])
+    """A task has some of a weight's slots."""
+    addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
+    weight_is_bf16, grad_is_bf16, moment_is_bf16, has_master, compact, seed = (
+        args[7], args[8], args[9], args[10], args[11], args[12],
+    )  # fmt: skip
     decay, weight1, beta2, weight2 = _constants(scalars)
     divisor, sign = float32(scalars[5]), float32(scalars[6])
     scratch = np.empty(4 * _BLOCK, np.float32)
@@ -120,27 +139,29 @@ def rows(args):
         advance(w_buffer, 2 * _BLOCK),
         advance(w_buffer, 3 * _BLOCK),
     )
-    seed = args[8]
-    last_tau = 0
+    number, last_tau = 0, 0
     step_size, floor = float32(0.0), float32(0.0)
     while True:
         task = next_task(args)
         if task >= args[1]:
             break
-        number = int64_at(args[4])[task]
-        entry = advance(table, number * _WORDS)
-        weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
-        exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
-        master, master_stride, step, index = entry[8], entry[9], int32_at(entry[10]), int64_at(entry[11])
-        N, K = entry[12], entry[13]
-        weight_is_bf16, grad_is_bf16, compact, compact_grad = entry[14], entry[15], entry[16], entry[17]
-        moment_is_bf16 = entry[21]
-        for slot in range(int64_at(args[5])[task], int64_at(args[6])[task]):
+        number = _weight_of(task, number, count_of_weights, sizes)
+        size, at = advance(sizes, number * _WORDS), advance(addresses, number)
+        N, K, S, weight_stride, grad_stride, compact_grad = size[0], size[1], size[2], size[3], size[4], size[5]
+        weight, grad, index = at[0], at[count_of_weights], int64_at(at[2 * count_of_weights])
+        exp_avg, exp_avg_sq, step = (
+            at[3 * count_of_weights],
+            at[4 * count_of_weights],
+            int32_at(at[5 * count_of_weights]),
+        )
+        master = at[6 * count_of_weights] if has_master else 0
+        first = (task - size[6]) * size[7]
+        for slot in range(first, min(first + size[7], S)):
             row = index[slot]
             if row == -1:
                 continue
             if row < 0 or row >= N:
-                args[7] = 1
+                args[13] = 1
                 continue
             state = slot if compact else row
             tau = step[state] + 1
@@ -151,24 +172,23 @@ def rows(args):
             key = _key(seed, number, row, tau)
             for k0 in range(0, K, _BLOCK):
                 count = min(_BLOCK, K - k0)
-                here = row * weight_stride + k0
+                here, state_here = row * weight_stride + k0, state * K + k0
                 grad_here = (slot if compact_grad else row) * grad_stride + k0
                 g = _read(grad, grad_is_bf16, grad_here, count, g_buffer, divisor, sign)
                 if master != 0:
-                    w = advance(float32_at(master), state * master_stride + k0)
+                    w = advance(float32_at(master), state_here)
                 else:
                     w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
-                m_here, v_here = state * exp_avg_stride + k0, state * exp_avg_sq_stride + k0
-                m = _read(exp_avg, moment_is_bf16, m_here, count, m_buffer, float32(0.0), float32(1.0))
-                v = _read(exp_avg_sq, moment_is_bf16, v_here, count, v_buffer, float32(0.0), float32(1.0))
+                m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
+                v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
                 for k in range(count):
                     m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
                     m[k], v[k] = m_new, v_new
                     w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
                 if moment_is_bf16:
                     moment_key = _hash(uint32(key ^ uint32(1)))
-                    _write(exp_avg, m_here, count, m, seed >= 0, moment_key, k0, 16)
-                    _write(exp_avg_sq, v_here, count, v, seed >= 0, moment_key, k0, 0)
+                    _write(exp_avg, state_here, count, m, seed >= 0, moment_key, k0, 16)
+                    _write(exp_avg_sq, state_here, count, v, seed >= 0, moment_key, k0, 0)
                 if weight_is_bf16:
                     _write(weight, here, count, w, seed >= 0 and master == 0, key, k0, 16)
                 elif master != 0:
@@ -193,19 +213,22 @@ def _write_salient(target, start, count, numbers, floor, by_chance, keys, is_mom
 
 @compile_kernel
 def column_factors(args):
-    """One task a weight: raises τ of its salient columns, and fills its step sizes, floors (-1 where a column is not
-    salient), keys and runs of neighbouring lines with salient columns: their number, then first and end column of
-    each."""
-    table, scalars, seed = int64_at(args[2]), float64_at(args[3]), args[8]
+    """One task a weight: raises τ of its salient columns, and fills its scratch: their number of runs of neighbouring
+    lines with salient columns, then first and end column of each; from int64 number K + 4 on all columns' step sizes,
+    floors (-1 where a column is not salient) and keys."""
+    addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
+    seed = args[12]
     while True:
         task = next_task(args)
         if task >= args[1]:
             break
-        entry = advance(table, task * _WORDS)
-        step, index, K, S = int32_at(entry[10]), int64_at(entry[11]), entry[13], entry[18]
-        step_size = float32_at(entry[19])
+        size = advance(sizes, task * _WORDS)
+        K, S, runs = size[1], size[2], advance(int64_at(args[5]), size[8])
+        index = int64_at(addresses[2 * count_of_weights + task])
+        step = int32_at(addresses[5 * count_of_weights + task])
+        step_size = float32_at(args[5] + 8 * (size[8] + K + 4))
         floor = advance(step_size, K)
-        keys = uint32_at(entry[19] + 8 * K)
+        keys = uint32_at(args[5] + 8 * (size[8] + K + 4) + 8 * K)
         for k in range(K):
             step_size[k], floor[k] = float32(0.0), float32(-1.0)
         last_tau = 0
@@ -214,7 +237,7 @@ def column_factors(args):
             if k == -1:
                 continue
             if k < 0 or k >= K:
-                args[7] = 1
+                args[13] = 1
                 break
             tau = step[k] + 1
             step[k] = tau
@@ -223,7 +246,6 @@ def column_factors(args):
                 last_tau = tau
             step_size[k], floor[k] = factors
             keys[k] = _key(seed, task, k, tau)
-        runs = int64_at(entry[20])
         count, open_run = 0, False
         for line in range(0, K, _LINE):
             end = min(line + _LINE, K)
@@ -241,8 +263,9 @@ def column_factors(args):
 
 @compile_kernel
 def columns(args):
-    """As `rows`, after `column_factors`; a task has rows of the weight from first to end."""
-    table, scalars = int64_at(args[2]), float64_at(args[3])
+    """As `rows`, after `column_factors`; a task has some rows of a weight."""
+    addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
+    weight_is_bf16, grad_is_bf16, moment_is_bf16, has_master, seed = args[7], args[8], args[9], args[10], args[12]
     decay, weight1, beta2, weight2 = _constants(scalars)
     divisor, sign = float32(scalars[5]), float32(scalars[6])
     scratch = np.empty(4 * _BLOCK, np.float32)
@@ -252,33 +275,40 @@ def columns(args):
         advance(w_buffer, 2 * _BLOCK),
         advance(w_buffer, 3 * _BLOCK),
     )
-    seed = args[8]
+    number = 0
     while True:
         task = next_task(args)
         if task >= args[1]:
             break
-        entry = advance(table, int64_at(args[4])[task] * _WORDS)
-        weight, weight_stride, grad, grad_stride = entry[0], entry[1], entry[2], entry[3]
-        exp_avg, exp_avg_stride, exp_avg_sq, exp_avg_sq_stride = entry[4], entry[5], entry[6], entry[7]
-        master, master_stride, K, weight_is_bf16, grad_is_bf16 = entry[8], entry[9], entry[13], entry[14], entry[15]
-        step_sizes, runs, moment_is_bf16 = float32_at(entry[19]), int64_at(entry[20]), entry[21]
-        for row in range(int64_at(args[5])[task], int64_at(args[6])[task]):
+        number = _weight_of(task, number, count_of_weights, sizes)
+        size, at = advance(sizes, number * _WORDS), advance(addresses, number)
+        N, K, weight_stride, grad_stride = size[0], size[1], size[3], size[4]
+        weight, grad, exp_avg, exp_avg_sq = (
+            at[0],
+            at[count_of_weights],
+            at[3 * count_of_weights],
+            at[4 * count_of_weights],
+        )
+        master = at[6 * count_of_weights] if has_master else 0
+        runs = advance(int64_at(args[5]), size[8])
+        factors = args[5] + 8 * (size[8] + K + 4)
+        first = (task - size[6]) * size[7]
+        for row in range(first, min(first + size[7], N)):
             for run in range(runs[0]):
                 end = runs[2 * run + 2]
                 for k0 in range(runs[2 * run + 1], end, _BLOCK):
                     count = min(_BLOCK, end - k0)
-                    here = row * weight_stride + k0
+                    here, state_here = row * weight_stride + k0, row * K + k0
                     g = _read(grad, grad_is_bf16, row * grad_stride + k0, count, g_buffer, divisor, sign)
                     if master != 0:
-                        w = advance(float32_at(master), row * master_stride + k0)
+                        w = advance(float32_at(master), state_here)
                     else:
                         w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
-                    m_here, v_here = row * exp_avg_stride + k0, row * exp_avg_sq_stride + k0
-                    m = _read(exp_avg, moment_is_bf16, m_here, count, m_buffer, float32(0.0), float32(1.0))
-                    v = _read(exp_avg_sq, moment_is_bf16, v_here, count, v_buffer, float32(0.0), float32(1.0))
-                    step_size = advance(step_sizes, k0)
+                    m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
+                    v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
+                    step_size = float32_at(factors + 4 * k0)
                     floor = advance(step_size, K)
-                    keys = uint32_at(entry[19] + 8 * K + 4 * k0)
+                    keys = uint32_at(factors + 8 * K + 4 * k0)
                     k = 0
                     while k + _LINE <= count:
                         _masked_line(
@@ -293,8 +323,8 @@ def columns(args):
                         )  # fmt: skip
                         k += 1
                     if moment_is_bf16:
-                        _write_salient(exp_avg, m_here, count, m, floor, seed >= 0, keys, True, row, 16)
-                        _write_salient(exp_avg_sq, v_here, count, v, floor, seed >= 0, keys, True, row, 0)
+                        _write_salient(exp_avg, state_here, count, m, floor, seed >= 0, keys, True, row, 16)
+                        _write_salient(exp_avg_sq, state_here, count, v, floor, seed >= 0, keys, True, row, 0)
                     if weight_is_bf16:
                         by_chance = seed >= 0 and master == 0
                         _write_salient(weight, here, count, w, floor, by_chance, keys, False, row, 16)
