@@ -330,8 +330,8 @@ def test_only_shared_documents_are_compared():
         (["MODEL", "--tasks", ","], "tasks: none given"),
         # lm-eval reads thousands of files before it knows that it has no such task.
         pytest.param(
-            ["MODEL", "--tasks", "longbench3"],
-            "lm-eval has no 'longbench3'; did you mean 'longbench2'?",
+            ["MODEL", "--tasks", "longbench2_generat"],
+            "lm-eval has no 'longbench2_generat'; did you mean 'longbench2_generate'?",
             marks=pytest.mark.slow,
         ),
         (["no-such-user/no-such-model", "--tasks", "niah_single_1"], "could not load 'no-such-user/no-such-model'"),
