@@ -117,7 +117,9 @@ def _blocks(attention: _Attention, N: int) -> list[Head] | None:
 
 
 def _grouped(attention: _Attention, N: int) -> list[Head] | None:
-    """For each key head: the queries that look at it, the key, the value."""
+    """For each key head: the queries that look at it, the key, the value. In blocks where ChatGLM shares keys."""
+    if getattr(attention.module, "multi_query_attention", False):
+        return _blocks(attention, N)
     if not (found := _key_value_heads(attention, N)):
         return None
     d, H, kv_heads = found

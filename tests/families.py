@@ -144,13 +144,13 @@ def updated(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def family_model(family: str) -> torch.nn.Module:
-    """The tiny model of a `model_type`, with random weights, the same at every call."""
+def family_model(family: str, **changes: Any) -> torch.nn.Module:
+    """The tiny model of a `model_type`, with random weights, the same at every call; `changes` to its config."""
     cls = getattr(transformers, CLASSES[family])
     config_cls = transformers.CONFIG_MAPPING[family]
     if cls.config_class is not None and not issubclass(config_cls, cls.config_class):
         # The text part of a multimodal config.
         config_cls = cls.config_class
-    config = config_cls(**updated(shrunk(config_cls().to_dict()), CHANGES.get(family, {})))
+    config = config_cls(**updated(shrunk(config_cls().to_dict()), CHANGES.get(family, {}) | changes))
     torch.manual_seed(0)
     return cls(config)

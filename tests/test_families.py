@@ -138,7 +138,7 @@ def head_rows(projection: Projection, kind: str, number: int) -> torch.Tensor:
 
 
 def pattern(projection: Projection) -> str:
-    """What the output channels are, such as "q k v, for each head"."""
+    """What the output channels are: q, k or neither, such as "(q k -) x4"."""
     kinds = [kind or "-" for kind, _ in groupby(head.kind for head in projection.heads)]
     period = next(p for p in range(1, len(kinds) + 1) if kinds == kinds[:p] * (len(kinds) // p))
     text = " ".join(kinds[:period])
@@ -146,21 +146,52 @@ def pattern(projection: Projection) -> str:
 
 
 def table_row(family: str, found: list[Projection]) -> str:
-    layers = {re.sub(r"\.\d+(?=\.|$)", "", p.name).removeprefix("model."): pattern(p) for p in found}
-    shown = ", ".join(f"`{name.rpartition('.')[2]}`: {kinds}" for name, kinds in layers.items())
-    return f"| {family} | {CLASSES[family]} | {shown} |"
+    layers = {re.sub(r"\.\d+(?=\.|$)", "", p.name).removesuffix(".linear"): pattern(p) for p in found}
+    shown = dict.fromkeys(f"`{name.rpartition('.')[2]}` {kinds}" for name, kinds in layers.items())
+    notes = [
+        *(NO_WITNESS[family] for _ in [0] if family in NO_WITNESS),
+        *(MIXED_HEADS[family] for _ in [0] if family in MIXED_HEADS),
+    ]
+    return f"| `{family}` | {CLASSES[family]} | {', '.join(shown)} | {'; '.join(notes)} |"
+
+
+def table() -> str:
+    """The tables of docs/models.md, families in the order of their names."""
+    works = [table_row(family, find_projections(family_model(family))) for family in sorted(WORKING)]
+    refused = [f"| `{family}` | {CLASSES[family]} | {REFUSED[family]} |" for family in sorted(REFUSED)]
+    unbuilt = [f"| `{family}` | {CLASSES[family]} | {UNBUILT[family]} |" for family in sorted(UNBUILT)]
+    return "\n".join(
+        [
+            f"{len(works)} families work. The layers taken, and what their output channels are: q, k, - dense.",
+            "Where the last column says why, gradients could not tell all heads apart: names and sizes alone decide.\n",
+            "| `model_type` | class | layers | why |",
+            "|---|---|---|---|",
+            *works,
+            f"\n{len(refused)} are refused with a clear error:\n",
+            "| `model_type` | class | it |",
+            "|---|---|---|",
+            *refused,
+            f"\n{len(unbuilt)} could not be tried:\n",
+            "| `model_type` | class | it |",
+            "|---|---|---|",
+            *unbuilt,
+        ]
+    )
+
+
+WORKING = [family for family in CLASSES if family not in REFUSED | UNBUILT]
 
 
 @pytest.fixture(scope="module")
 def tiny(request):
-    model = family_model(request.param)
+    return strong(family_model(request.param))
+
+
+def strong(model: nn.Module) -> nn.Module:
+    """The model with weights that act as trained ones do, and without attention sinks, further entries of a softmax."""
     for name, p in model.named_parameters():
-        # As large as trained weights act; an attention sink would be a further entry of the softmax.
         nn.init.constant_(p, -1e4) if name.endswith("sinks") else nn.init.normal_(p, std=0.2)
     return model
-
-
-WORKING = [family for family in CLASSES if family not in REFUSED | UNBUILT]
 
 
 every_family = pytest.mark.parametrize(
@@ -171,10 +202,13 @@ every_family = pytest.mark.parametrize(
 @every_family
 def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
     found = find_projections(tiny.eval())
-    assert found
-    if family in NO_WITNESS:
-        return
-    one, two = gradients(tiny, found, 1), gradients(tiny, found, 2)
+    assert table_row(family, found) in PAGE.read_text(), f"docs/models.md: run python {Path(__file__).name}"
+    if family not in NO_WITNESS:
+        ask_the_gradients(tiny, found, family)
+
+
+def ask_the_gradients(model: nn.Module, found: list[Projection], family: str) -> None:
+    one, two = gradients(model, found, 1), gradients(model, found, 2)
     for projection in found:
         q, k, dense = (rows(projection, kind) for kind in ("q", "k", None))
         g1, g2 = one[projection.name], two[projection.name]
@@ -188,7 +222,7 @@ def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
         assert (g2[..., k] != 0).all(), f"{projection.name}: keys do not matter"
     if family in MIXED_HEADS:
         return
-    only = gradients(tiny, found, 2, head=1)
+    only = gradients(model, found, 2, head=1)
     for projection in found:
         g, total = only[projection.name], query_heads(found, projection)
         for kind in "qk":
@@ -199,6 +233,30 @@ def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
                 noise = 1e-3 * g.abs().max()
                 assert (g[..., others].abs() <= noise).all(), f"{projection.name}: another {kind} head matters"
                 assert (g[:, 1, own].abs() > 0).all(), f"{projection.name}: the {kind} head does not matter"
+
+
+VARIANTS = [
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "(q k -) x2"),
+    ("falcon", {"multi_query": False, "num_kv_heads": 4}, "(q k -) x4"),
+    ("gpt_bigcode", {"multi_query": False}, "(q k -) x4"),
+    ("deepseek_v2", {"q_lora_rank": None}, "q"),
+    ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}, "q"),
+    ("gemma4_text", {"attention_k_eq_v": True}, "q"),
+    ("bert", {"add_cross_attention": True}, "q"),
+    ("gpt2", {"add_cross_attention": True}, "q k -"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "first"), VARIANTS)
+def test_variants_of_a_family(family, changes, first):
+    model = strong(family_model(family, **changes)).eval()
+    found = find_projections(model)
+    assert pattern(found[0]) == first
+    assert not any("cross" in projection.name for projection in found)
+    if "attention_k_eq_v" in changes:
+        full = [p.name for p in found if f".{model.config.layer_types.index('full_attention')}." in p.name]
+        assert len(full) == 1 and full[0].endswith("q_proj")
+    ask_the_gradients(model, found, family)
 
 
 @every_family
@@ -314,3 +372,8 @@ def test_attention_without_rotary_embedding_says_so():
     model = family_model("gpt2")
     with pytest.raises(ValueError, match=r"^pair_rope: cannot tell the rotary pairs of GPT2Attention, heads of 8"):
         rotary_pairs(model.transformer.h[0].attn, 8)
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text().partition("<!-- families -->\n")
+    PAGE.write_text(f"{before}<!-- families -->\n\n{table()}\n\n<!-- end{rest.partition('<!-- end')[2]}")

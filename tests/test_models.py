@@ -166,3 +166,22 @@ def test_layers_that_share_a_weight_are_refused_and_a_tied_head_is_not():
         ValueError, match=r"layers.1.self_attn.q_proj shares its weight with model.layers.0.self_attn.q_proj"
     ):
         LongAct(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "kinds"),
+    [
+        ("wqkv", {}, "qqk-qqk-"),
+        ("query_key_value", {}, "qqk-qqk-"),
+        ("query_key_value", {"multi_query_attention": True}, "qqqqkk--"),
+        ("W_pack", {}, "qqqqkk--"),
+    ],
+)
+def test_fused_layers_of_code_from_the_hub(name, attributes, kinds):
+    model = torch.nn.Module()
+    for attribute, value in {"num_heads": 4, "head_dim": 6, **attributes}.items():
+        setattr(model, attribute, value)
+    model.add_module(name, torch.nn.Linear(8, 48))
+    (projection,) = find_projections(model)
+    assert projection.heads == tuple((6, None if kind == "-" else kind) for kind in kinds)
+    assert projection.attention == ""
