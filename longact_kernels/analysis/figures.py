@@ -5,11 +5,12 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from longact_kernels.analysis.channels import STATISTICS, Part, Statistics, bounds
 
 WIDTH = 7.5
+LABELS = {"absmax": "absmax", "l2": "L2"}
 KINDS = {"q": "queries", "k": "keys"}
 UNITS = {"absmax": "absmax over tokens", "l2": "L2 norm over tokens"}
 COLOURS = {"absmax": "C0", "l2": "C1", "absmax with l2": "C2"}
@@ -47,9 +48,9 @@ def magnitudes(stats: Statistics, parts: list[Part]) -> Figure:
         axes.set_xlabel(f"head, its {widest.heads[0]} channels side by side")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(False)
-        figure.colorbar(
-            image, ax=axes, pad=0.01, format="{x:.3g}", label="magnitude (log)"
-        ).ax.yaxis.set_minor_formatter(NullFormatter())
+        ticks = LogLocator(subs=(1, 2, 5))
+        bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=ticks, format="{x:.3g}", label="magnitude (log)")
+        bar.minorticks_off()
     return figure
 
 
@@ -85,7 +86,7 @@ def domains(overlap: dict) -> Figure:
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
-        axes.set_title(f"sets by {statistic}", fontsize=11)
+        axes.set_title(f"sets by {LABELS[statistic]}", fontsize=11)
         axes.grid(False)
     figure.colorbar(image, ax=panels, pad=0.02, label=f"overlap (Jaccard)\nrandom sets: {overlap['chance']:.2f}")
     return figure
@@ -101,7 +102,7 @@ def context(found: dict, chance: float) -> Figure:
             above.plot(
                 results["lengths"],
                 results["overlap with the longest"][statistic],
-                label=f"{name}, {'L2' if statistic == 'l2' else statistic}",
+                label=f"{name}, {LABELS[statistic]}",
                 **look,
             )
             key = "mean absmax" if statistic == "absmax" else "mean root mean square"
