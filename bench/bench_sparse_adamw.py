@@ -39,7 +39,10 @@ class Problem:
         self.exp_avgs = [torch.zeros(shape, device=DEVICE) for shape in shapes]
         self.exp_avg_sqs = [torch.zeros(shape, device=DEVICE) for shape in shapes]
         self.rows = salient_sets(shapes, density, axis)
-        self.steps = [torch.zeros(shape[axis == "columns"], dtype=torch.int32, device=DEVICE) for shape in shapes]
+        # As in mid-training: every channel has been salient a number of times of its own.
+        self.steps = [
+            torch.randint(0, 1000, (shape[axis == "columns"],), dtype=torch.int32, device=DEVICE) for shape in shapes
+        ]
         self.lr = torch.tensor(HYPER["lr"], dtype=torch.float64, device=DEVICE)
 
     def lists(self):

@@ -90,7 +90,7 @@ def _aten(call: AdamWCall) -> None:
         steps, stepped = call.steps[i], index
         if call.compact:
             states = [state.narrow(along, empty, len(index)) for state in states]
-            steps, stepped = steps[empty:], slice(None)
+            steps, stepped = steps[empty:], torch.arange(len(index))
         exp_avg, exp_avg_sq, *master = states
         steps[stepped] += 1
         tau = steps[stepped].unsqueeze(1 - along)

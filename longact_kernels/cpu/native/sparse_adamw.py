@@ -31,7 +31,9 @@ from longact_kernels.cpu.native.intrinsics import (
     int64_at,
     masked_adamw,
     next_task,
+    prefetch_of,
     sqrt,
+    uint8_at,
     uint16_at,
     uint32_at,
 )
@@ -43,6 +45,7 @@ _LINE = 16
 # int64 words of one weight in `sizes`.
 _WORDS = 9
 
+_prefetch_line = prefetch_of(64)
 _masked_line = masked_adamw(_LINE)
 _masked_single = masked_adamw(1)
 
@@ -261,6 +264,11 @@ def column_factors(args):
         runs[0] = count
 
 
+@njit
+def _prefetch(source, is_bf16, start):
+    _prefetch_line(uint8_at(source + start * (2 if is_bf16 else 4)))
+
+
 @compile_kernel
 def columns(args):
     """As `rows`, after `column_factors`; a task has some rows of a weight."""
@@ -311,6 +319,14 @@ def columns(args):
                     keys = uint32_at(factors + 8 * K + 4 * k0)
                     k = 0
                     while k + _LINE <= count:
+                        # The next row's line: hardware does not see ahead where lines are left out.
+                        _prefetch(exp_avg, moment_is_bf16, state_here + K + k)
+                        _prefetch(exp_avg_sq, moment_is_bf16, state_here + K + k)
+                        _prefetch(grad, grad_is_bf16, (row + 1) * grad_stride + k0 + k)
+                        if master != 0:
+                            _prefetch(master, 0, state_here + K + k)
+                        else:
+                            _prefetch(weight, weight_is_bf16, here + weight_stride + k)
                         _masked_line(
                             advance(w, k), advance(g, k), advance(m, k), advance(v, k),
                             advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
