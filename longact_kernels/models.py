@@ -224,7 +224,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
     config = getattr(model, "config", None)
     found = []
     for path, parent, module, ranges in _candidates(model, target_modules):
-        name = path.rpartition(".")[2]
+        attention, _, name = path.rpartition(".")
         if (inner := getattr(module, "linear", None)) is not None and isinstance(inner, nn.Linear):
             path, module = f"{path}.linear", inner
         transposed = _check_plain(path, module)
@@ -234,7 +234,6 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
         else:
             heads = _heads_of_ranges(path, name, ranges, N)
         if any(head.kind for head in heads):
-            attention = path.rpartition(".")[0].removesuffix(name).removesuffix(".")
             found.append(Projection(path, module, heads, attention, transposed))
     if not found:
         raise ValueError(_nothing_found(model, target_modules))
