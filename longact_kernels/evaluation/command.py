@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
@@ -47,6 +48,12 @@ def eval_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"longact eval: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except torch.OutOfMemoryError:
+        fewer = "take fewer, or shorter lengths"
+        print(
+            f"longact eval: error: batch_size: {arguments.batch_size} do not fit into memory; {fewer}", file=sys.stderr
+        )
+        return BAD_INPUT
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return INTERRUPTED
@@ -81,7 +88,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             console.print(f"\n{model}: scores in percent ± standard error", highlight=False, soft_wrap=True)
             console.print(score_table(cells))
             for line in remarks(cells):
-                console.print(f"[dim]•[/dim] {line}", highlight=False)
+                console.print(f"• {line}", highlight=False, markup=False)
     written = [output / "scores.png", output / "results.json"]
     if len(models) == 2:
         written = finish_comparison(results, labels, models, output, console)
@@ -149,7 +156,8 @@ def evaluate_subject(
             subject.results.write(cells)
             bar.advance(all_of_it)
             outcome = f"left out: {cell.skipped}" if cell.skipped else f"{shown(cell)} ({len(cell.samples)} documents)"
-            console.print(f"{subject.name}  {where}: {outcome}", highlight=False, soft_wrap=True)
+            line = f"{subject.name}  {where}: {outcome}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return cells
 
 
@@ -161,7 +169,7 @@ def finish_comparison(
     console.print(f"\nA = {models[0]}\nB = {models[1]}\nscores in percent", highlight=False, soft_wrap=True)
     console.print(comparison_table(differences))
     for line in dict.fromkeys(remarks(results[0]) + remarks(results[1])):
-        console.print(f"[dim]•[/dim] {line}", highlight=False)
+        console.print(f"• {line}", highlight=False, markup=False)
     content = {
         "a": models[0],
         "b": models[1],

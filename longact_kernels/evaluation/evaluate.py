@@ -149,7 +149,9 @@ class Subject:
                     "document": sample["doc_hash"],
                     "score": float(sample[metric]),
                     "target": sample["target"],
-                    "answer": sample["filtered_resps"][0],
+                    "answer": sample["filtered_resps"][0]
+                    if len(sample["arguments"]) == 1
+                    else sample["filtered_resps"],
                 }
                 for sample in samples
                 if sample["filter"] == samples[0]["filter"]
@@ -171,7 +173,8 @@ class Subject:
         prompts = [(sample["arguments"][0][0], sample["arguments"][0][1]) for sample in samples]
         cut = sum(
             len(self.reader.tok_encode(prompt))
-            > self.reader.max_length - (more["max_gen_toks"] if isinstance(more, dict) else 1)
+            > self.reader.max_length
+            - (more.get("max_gen_toks", self.reader.max_gen_toks) if isinstance(more, dict) else 1)
             for prompt, more in prompts
         )
         if cut:
