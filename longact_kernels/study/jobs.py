@@ -20,7 +20,7 @@ from longact_kernels.evaluation.results import read_json, write_json, write_whol
 from longact_kernels.models import find_projections
 from longact_kernels.rl.arguments import parse
 from longact_kernels.rl.callbacks import read_metrics
-from longact_kernels.rl.train import INTERRUPTED, Run
+from longact_kernels.rl.train import INTERRUPTED, Run, build_longact, small_model
 from longact_kernels.study.config import Arm, Study
 from longact_kernels.study.recall import make_base
 
@@ -133,7 +133,8 @@ class Training:
                 f"delete {self.folder.result(self.name)}"
             )
         if self.seed == self.arm.seeds[0]:
-            parse(self.write_config())
+            arguments, training = parse(self.write_config())
+            build_longact(small_model(), arguments, training.seed)
 
     def write_config(self) -> list[str]:
         """Writes the run's configuration, and returns the arguments of `longact train`."""

@@ -7,7 +7,6 @@ value: `k07 v31 v02 k55 v18 v40 ... ? k07` → `v31 v02`. What finds the value a
 import json
 import shutil
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ class Recall:
         value_tokens: of a value.
         layers, hidden_size, heads, key_value_heads, head_dim: of the model, a Qwen3.
         stop_at: greedy accuracy on prompts of `pairs` at which pretraining ends.
-        learning_rate, batch_size: of pretraining.
+        learning_rate, batch_size, most_steps: of pretraining.
         prompts: to train on and to hold out.
 
     Raises:
@@ -53,6 +52,7 @@ class Recall:
     stop_at: float = 0.5
     learning_rate: float = 5e-3
     batch_size: int = 64
+    most_steps: int = 3000
     prompts: int = 4096
 
     def __post_init__(self):
@@ -139,13 +139,16 @@ def pretrain(recall: Recall, seed: int) -> tuple[Qwen3ForCausalLM, list[dict]]:
 
     Returns:
         The model, and what was seen: records of `step`, `pairs` and greedy `accuracy` on prompts of the full size.
+
+    Raises:
+        ValueError: it does not get there.
     """
     model = small_qwen3(recall, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recall.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     data = generator_of(seed, PRETRAINING)
     checked = sequences(recall, CHECKED_ON, recall.pairs, 1, generator_of(seed, CHECKING))
     most, known, log = FEWEST_PAIRS, 0.0, []
-    for step in count(1):
+    for step in range(1, recall.most_steps + 1):
         pairs = int(torch.randint(2, most + 1, (), generator=data))
         ids = sequences(recall, recall.batch_size, pairs, min(pairs, 16), data)
         place = torch.arange(ids.shape[1]) - pairs * (1 + recall.value_tokens)
@@ -163,7 +166,11 @@ def pretrain(recall: Recall, seed: int) -> tuple[Qwen3ForCausalLM, list[dict]]:
             log.append({"step": step, "pairs": most, "accuracy": accuracy(model, checked, recall.value_tokens)})
             if log[-1]["accuracy"] >= recall.stop_at:
                 return model, log
-    raise AssertionError("unreachable")
+    reached = log[-1]["accuracy"] if log else 0.0
+    raise ValueError(
+        f"base: accuracy {reached:.3f} after most_steps {recall.most_steps}, needed stop_at {recall.stop_at}; "
+        "take a larger model, fewer pairs, more steps, or another seed"
+    )
 
 
 @torch.no_grad()
