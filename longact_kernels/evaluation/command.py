@@ -49,10 +49,7 @@ def eval_command(arguments: argparse.Namespace) -> int:
         print(f"longact eval: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except torch.OutOfMemoryError:
-        fewer = "take fewer, or shorter lengths"
-        print(
-            f"longact eval: error: batch_size: {arguments.batch_size} do not fit into memory; {fewer}", file=sys.stderr
-        )
+        print(f"longact eval: error: batch_size: {arguments.batch_size} does not fit into memory", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from longact_kernels.evaluation.compare import Difference
 from longact_kernels.evaluation.results import Cell
-from longact_kernels.rl.figures import LIGHT
+from longact_kernels.plots import LIGHT
 
 MEAN = "mean of the tasks"
 
