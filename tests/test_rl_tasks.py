@@ -126,7 +126,9 @@ def test_the_answers_are_the_words_that_come_most_often(length, seed):
 def test_the_answers_are_the_three_most_frequent_codes(seed, size):
     sample = make("fwe", seed, size=size)
     counts = collections.Counter(re.findall(r"\b[a-z]{6}\b|\.{3}", sample.question.splitlines()[1]))
-    assert counts.pop("...") > max(counts.values())
+    assert counts.total() == pytest.approx(size, rel=0.15)
+    # Zipf's law: the second comes a quarter as often as the first.
+    assert counts.pop("...") == pytest.approx(4 * max(counts.values()), abs=2)
     ranked = counts.most_common()
     assert [word for word, _ in ranked[:3]] == sample.answers
     assert ranked[2][1] > ranked[3][1]
