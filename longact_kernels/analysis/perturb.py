@@ -226,15 +226,15 @@ def summary(results: dict) -> Table:
     """All arms, for the terminal."""
     table = Table(
         title=f"{results['model']}: query and key channels clamped, by {results['statistic']}, to the "
-        f"{results['mean']} mean",
+        f"{results['mean']} mean; accuracy at {results['task']}",
         title_justify="left",
     )
     arms = results["arms"]
-    for column in ("channels", "perplexity", *arms[0]["nll"], f"accuracy, {results['task']}"):
+    for column in ("channels", "perplexity", *arms[0]["nll"], "accuracy"):
         table.add_column(column, justify="left" if column == "channels" else "right")
     for arm in arms:
         table.add_row(
-            arm["channels"] if arm["seed"] is None else f"random, seed {arm['seed']}",
+            arm["channels"] if arm["seed"] is None else f"random, {arm['seed']}",
             *(f"{value:,.1f}" for value in (arm["perplexity"], *arm["perplexity of domains"].values())),
             f"{arm['accuracy']:.3f} ± {arm['accuracy standard error']:.3f}",
         )
