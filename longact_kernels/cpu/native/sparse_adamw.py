@@ -300,6 +300,8 @@ def columns(args):
         master = at[6 * count_of_weights] if has_master else 0
         runs = advance(int64_at(args[5]), size[8])
         factors = args[5] + 8 * (size[8] + K + 4)
+        # Hardware does not see ahead where lines are left out: the next row's are asked for.
+        gaps = runs[0] * 8 * _LINE > K
         first = (task - size[6]) * size[7]
         for row in range(first, min(first + size[7], N)):
             for run in range(runs[0]):
@@ -319,14 +321,14 @@ def columns(args):
                     keys = uint32_at(factors + 8 * K + 4 * k0)
                     k = 0
                     while k + _LINE <= count:
-                        # The next row's line: hardware does not see ahead where lines are left out.
-                        _prefetch(exp_avg, moment_is_bf16, state_here + K + k)
-                        _prefetch(exp_avg_sq, moment_is_bf16, state_here + K + k)
-                        _prefetch(grad, grad_is_bf16, (row + 1) * grad_stride + k0 + k)
-                        if master != 0:
-                            _prefetch(master, 0, state_here + K + k)
-                        else:
-                            _prefetch(weight, weight_is_bf16, here + weight_stride + k)
+                        if gaps:
+                            _prefetch(exp_avg, moment_is_bf16, state_here + K + k)
+                            _prefetch(exp_avg_sq, moment_is_bf16, state_here + K + k)
+                            _prefetch(grad, grad_is_bf16, (row + 1) * grad_stride + k0 + k)
+                            if master != 0:
+                                _prefetch(master, 0, state_here + K + k)
+                            else:
+                                _prefetch(weight, weight_is_bf16, here + weight_stride + k)
                         _masked_line(
                             advance(w, k), advance(g, k), advance(m, k), advance(v, k),
                             advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
