@@ -1,5 +1,6 @@
 """The algorithms' presets: what they set, what overrules them, and that each trains, with and without LongAct."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from trl import GRPOConfig
 
 from longact_kernels.rl.algorithms import ALGORITHMS
 from longact_kernels.rl.arguments import parse
+from longact_kernels.rl.evaluate import Evaluation
+from longact_kernels.rl.figures import draw
+from longact_kernels.rl.report import headline, summarize
 from longact_kernels.rl.train import Run
 
 DOCS = Path(__file__).parent.parent / "docs" / "training.md"
@@ -93,6 +97,12 @@ def test_each_trains(algorithm, longact, folder, tmp_path, monkeypatch):
         algorithm == "dapo"
     )
     steps = [record for record in losses.records if "loss" in record]
+    # The second step is on the completions of the first.
+    written = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+    assert [(record["step"], "reward" in record) for record in written] == [(1, True), (2, False), (3, True)]
+    summary = summarize(run.arguments, run.training, run.model, written, *[Evaluation([1.0], ["a"])] * 2, None)
+    assert summary["steps"] == 3 and summary["reward"]["steps"] == 2 and len(headline(summary)) >= 4
+    assert dict(draw({}, written, {}, *[Evaluation([1.0], ["a"])] * 2))["reward"].startswith(b"\x89PNG")
     assert len(steps) == 3 and all(torch.tensor(record["grad_norm"]).isfinite() for record in steps)
     assert ("dynamic_sampling/rounds" in steps[0]) == (algorithm == "dapo")
     assert ("churn" in steps[2]) == longact

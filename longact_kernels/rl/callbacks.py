@@ -31,6 +31,8 @@ def progress_bar(console: Console) -> Progress:
 class MetricsFile(TrainerCallback):
     """Appends one line of JSON to `metrics.jsonl` at each log, with the seconds a step took and tokens per second.
 
+    Steps on completions that were generated before have no reward of their own.
+
     Args:
         path: the file; what it holds of steps after `resumed_step` is dropped, since they are taken again.
         resumed_step: the step of the checkpoint that the run goes on from; 0 for a new run.
@@ -55,7 +57,7 @@ class MetricsFile(TrainerCallback):
         self.steps += 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs or not state.is_world_process_zero:
+        if "loss" not in logs or not state.is_world_process_zero:
             return
         logs["seconds_per_step"] = self.seconds / self.steps
         logs["tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds
@@ -101,12 +103,10 @@ class TrainingProgress(TrainerCallback):
         self.bar.advance(self.row)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs:
+        if "loss" not in logs:
             return
-        note = (
-            f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "
-            f"{logs['tokens_per_second']:,.0f} tokens/s"
-        )
+        reward = f"reward {logs['reward']:.3f}  " if "reward" in logs else ""
+        note = f"step {state.global_step}/{state.max_steps}  {reward}{logs['tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.row, note=note)
         if not self.console.is_terminal:
             self.console.print(f"{note}  {logs['seconds_per_step']:.1f} s")

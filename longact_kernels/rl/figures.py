@@ -46,9 +46,9 @@ def reward_figure(metrics: list[dict], before: Evaluation, after: Evaluation) ->
     """Reward of the sampled completions by step, and the held-out accuracy at both ends."""
     figure = Figure(figsize=(7.5, 3.6))
     axes = figure.subplots()
-    steps = [record["step"] for record in metrics]
-    axes.plot(steps, [record["reward"] for record in metrics], "o-", ms=4, label="sampled while training")
-    ends = [0, steps[-1] if steps else 0]
+    sampled = [(record["step"], record["reward"]) for record in metrics if "reward" in record]
+    axes.plot(*zip(*sampled, strict=True) if sampled else ([], []), "o-", ms=4, label="sampled while training")
+    ends = [0, metrics[-1]["step"] if metrics else 0]
     axes.errorbar(
         ends,
         [before.accuracy, after.accuracy],

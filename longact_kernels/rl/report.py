@@ -7,7 +7,7 @@ import platform
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, mean, median
 
 from rich.table import Table
 from torch import Tensor
@@ -55,8 +55,11 @@ def summarize(
     state_bytes: tuple[int, int] | None,
 ) -> dict:
     """All figures of a run, as plain data; `state_bytes` are ours and dense AdamW's, `None` for a dense run."""
+    rewards = [record["reward"] for record in metrics if "reward" in record]
+    seconds = [record["seconds_per_step"] for record in metrics]
+    tokens = [record["tokens_per_second"] for record in metrics]
     # A single step's reward is a few prompts' luck: both ends are means over a fifth of the run.
-    ends = max(1, len(metrics) // 5)
+    ends = max(1, len(rewards) // 5)
     churn = [record["churn"] for record in metrics if "churn" in record]
     return {
         "model": arguments.model,
@@ -71,12 +74,13 @@ def summarize(
             "after_standard_error": after.standard_error,
         },
         "reward": {
+            "steps": len(rewards),
             "steps_at_each_end": ends,
-            "first": mean(record["reward"] for record in metrics[:ends]) if metrics else None,
-            "last": mean(record["reward"] for record in metrics[-ends:]) if metrics else None,
+            "first": mean(rewards[:ends]) if rewards else None,
+            "last": mean(rewards[-ends:]) if rewards else None,
         },
-        "seconds_per_step": median(record["seconds_per_step"] for record in metrics) if metrics else None,
-        "tokens_per_second": mean(record["tokens_per_second"] for record in metrics) if metrics else None,
+        "seconds_per_step": median(seconds) if metrics else None,
+        "tokens_per_second": fmean(tokens, seconds) if metrics else None,
         "salient_state_bytes": dict(zip(("longact", "dense_adamw"), state_bytes, strict=True)) if state_bytes else None,
         "churn": mean(churn) if churn else None,
         "arguments": arguments.what_is_trained(),
@@ -122,7 +126,7 @@ def headline(summary: dict) -> list[tuple[str, str]]:
         ends = reward["steps_at_each_end"]
         lines += [
             (
-                f"mean reward, first → last {ends} of {summary['steps']} steps",
+                f"mean reward, first → last {ends} of {reward['steps']} sampled batches",
                 f"{reward['first']:.3f} → {reward['last']:.3f}",
             ),
             ("time of a step, median", f"{summary['seconds_per_step']:.1f} s"),
