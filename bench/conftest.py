@@ -8,11 +8,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import pytest
 import torch
 
-from bench.race import DEVICE, FALLBACK, Turns, numba_switched_off, peak_bytes
+from bench.race import DEVICE, FALLBACK, Turns, numba_switched_off, peak_bytes, use_cpu_time
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="more rounds, and all points of the growth curves")
+    parser.addoption("--cpu-time", action="store_true", help="CPU time of one thread: for a machine that is busy")
+
+
+def pytest_configure(config):
+    if config.getoption("cpu_time"):
+        use_cpu_time()
 
 
 @pytest.fixture

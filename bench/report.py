@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.race import DEVICE
+from bench import race
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "torch-optimi", "peft")
 COLUMNS = ("work", "variant", "contender", "milliseconds", "ratio", "bar", "limit", "percent_of_limit", "peak_MiB")
@@ -44,14 +45,20 @@ def _about(stored: dict) -> dict:
             versions[package] = None
     return {
         "date": stored["datetime"],
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu.get("brand_raw") or platform.machine(),
+        "device": torch.cuda.get_device_name() if race.DEVICE == "cuda" else cpu.get("brand_raw") or platform.machine(),
         "threads": torch.get_num_threads(),
+        "clock": "wall" if race.clock is time.perf_counter else "CPU time",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": stored["commit_info"].get("id"),
         "uncommitted_changes": stored["commit_info"].get("dirty"),
     }
+
+
+def _machine(about: dict) -> str:
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    return f"{about['device']}, {threads}" + (", CPU time" if about["clock"] != "wall" else "")
 
 
 def _lines(result: dict) -> list[dict]:
@@ -77,7 +84,7 @@ def _lines(result: dict) -> list[dict]:
 
 
 def _print(lines: list[dict], about: dict) -> None:
-    table = Table(title=f"{about['device']}, {about['threads']} threads, commit {str(about['commit'])[:10]}")
+    table = Table(title=f"{_machine(about)}, commit {str(about['commit'])[:10]}")
     for name, title in zip(
         COLUMNS, ("work", "", "", "ms", "ratio", "bar", "limit", "% of limit", "peak MiB"), strict=True
     ):
@@ -160,7 +167,6 @@ def _panels(plt, curves: dict, colours: dict[str, str], about: dict, path: Path)
         else:
             panel.set_ylim(bottom=0)
         panel.legend(fontsize="small")
-    device = f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
-    figure.suptitle(device, fontsize="small")
+    figure.suptitle(f"{_machine(about)}, torch {about['versions']['torch']}", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
