@@ -8,7 +8,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import pytest
 import torch
 
-from bench.race import DEVICE, FALLBACK, Turns, numba_switched_off, peak_bytes, use_cpu_time
+from bench.race import DEVICE, FALLBACK, Turns, allocated, numba_switched_off, use_cpu_time
 
 
 def pytest_addoption(parser):
@@ -66,7 +66,7 @@ def race(benchmark, full):
             ratios={name: turns.ratio(name, peer) for name in runners},
             of_limit={name: turns.ratio("limit", name) for name in contenders} if roof else {},
             bars=bars or {},
-            peak_bytes={name: peak_bytes(contender) for name, contender in contenders.items()},
+            peak_bytes={name: allocated(contender)[1] for name, contender in contenders.items()},
             rounds=count,
             curve=curve,
         )

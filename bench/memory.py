@@ -12,9 +12,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
-from bench.race import DEVICE, synchronize
+from bench.race import DEVICE, allocated
 from longact_kernels import LongAct, SalientAdamW
 
 DENSITY = 0.3
@@ -42,25 +41,6 @@ class Step(NamedTuple):
         return self.weights + self.state + self.gradients + self.rest
 
 
-def measure(run: Callable) -> tuple[int, int]:
-    """Bytes that a call leaves allocated, and the most that it holds on the way, both beyond what was there before."""
-    if DEVICE == "cuda":
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        synchronize()
-        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return held, peak
-
-
 def training_step(model, backward: Callable, options: dict | None) -> Step:
     """Takes two steps and measures the second.
 
@@ -81,11 +61,11 @@ def training_step(model, backward: Callable, options: dict | None) -> Step:
         kept["optimizer"].step()
         kept["optimizer"].zero_grad()
 
-    held, _ = measure(first_step)
+    held, _ = allocated(first_step)
     compact = kept["longact"].grads if options is not None else None
     accumulators = 0 if compact is None else compact.nbytes
-    left, peak = measure(backward)
-    _, updating = measure(kept["optimizer"].step)
+    left, peak = allocated(backward)
+    _, updating = allocated(kept["optimizer"].step)
     gradients = left + accumulators
     at_peak = max(peak + accumulators, gradients + updating)
     if options is not None:

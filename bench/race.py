@@ -38,15 +38,15 @@ def seconds(run: Callable) -> float:
     return clock() - start
 
 
-def peak_bytes(run: Callable) -> int:
-    """The most memory that one call holds beyond what was there before."""
+def allocated(run: Callable) -> tuple[int, int]:
+    """Bytes that a call leaves allocated, and the most that it holds on the way, both beyond what was there before."""
     if DEVICE == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held = peak = 0
@@ -54,7 +54,7 @@ def peak_bytes(run: Callable) -> int:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    return peak
+    return held, peak
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The page of a run as a browser shows it on a phone: self-contained, in light and dark, nothing wider than the screen."""
+"""The page of a run as a phone shows it: self-contained, in light and dark, nothing wider than the screen."""
 
 import re
 import shutil
