@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from transformers.utils import logging
 
 from longact_kernels.evaluation.results import read_json
@@ -56,6 +56,8 @@ def study_command(arguments: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     failed: list[str] = []
     stopped = False
+    # Its processes have to be told, whoever ends it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for title, jobs in (("pretraining", bases), ("runs", runs)):
             if not failed:
@@ -91,7 +93,7 @@ def run_all(title: str, jobs: Sequence[Job], at_once: int, threads: int, console
             while todo or active:
                 while todo and len(active) < at_once:
                     job = todo.popleft()
-                    process = context.Process(target=work, args=(job, threads))
+                    process: BaseProcess = context.Process(target=work, args=(job, threads))
                     process.start()
                     active[process] = job
                 wait([process.sentinel for process in active], timeout=POLL_SECONDS)
@@ -134,7 +136,7 @@ class Bars:
     def __init__(self, title: str, jobs: Sequence[Job], console: Console):
         self.title, self.jobs = title, jobs
         self.bars: Progress = progress_bar(console)
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, TaskID] = {}
         self.done = 0
 
     def __enter__(self) -> "Bars":

@@ -20,31 +20,39 @@ def found_arms(study: Study, results: list[dict]) -> dict[str, list[dict]]:
 
 
 def scores(study: Study, results: list[dict]) -> Figure:
-    """The final score of every run, and of every arm the mean with its 95% confidence interval."""
+    """By arm the final scores, and their differences from dense over the same seeds, with 95% confidence intervals."""
     arms = found_arms(study, results)
     figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(arms)), layout="constrained")
-    axes = figure.subplots()
+    left, right = figure.subplots(1, 2, sharey=True)
+    dense = {one["seed"]: one["score"] for one in arms.get(DENSE, [])}
     for place, (name, found) in enumerate(arms.items()):
-        values = [one["score"] for one in found]
-        spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
-        axes.plot(values, place + np.asarray(spread), "o", ms=3.5, color="C0", alpha=0.45, mew=0)
-        middle = estimate(values)
-        axes.errorbar(
-            middle.mean, place, xerr=np.nan_to_num(middle.half_width), fmt="D", ms=6, capsize=4, lw=2,
-            color="C3" if name == DENSE else "C0",
-        )  # fmt: skip
-        if name == DENSE:
-            axes.axvline(middle.mean, color="C3", ls=":", lw=1)
-    before = estimate([one["before"] for one in results]).mean
+        colour = "C3" if name == DENSE else "C0"
+        dots(left, place, [one["score"] for one in found], colour)
+        if differences := [one["score"] - dense[one["seed"]] for one in found if one["seed"] in dense]:
+            dots(right, place, differences, colour)
     if study.evaluate is None:
-        axes.axvline(before, color="0.5", ls="--", lw=1)
-        axes.annotate("before", (before, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.5")
-    axes.set_yticks(range(len(arms)), arms)
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    what = "held-out accuracy" if study.evaluate is None else f"score of {study.evaluate['tasks']}"
-    axes.set_xlabel(f"{what} after {study.options['max_steps']} steps: runs, mean, 95% confidence interval")
+        before = estimate([one["before"] for one in results]).mean
+        left.axvline(before, color="0.5", ls="--", lw=1)
+        left.annotate("before", (before, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.5")
+    right.axvline(0, color="C3", ls=":", lw=1)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    what = "held-out accuracy" if study.evaluate is None else "score"
+    left.set_xlabel(f"{what} after {study.options['max_steps']} steps")
+    right.set_xlabel("difference from dense, same seeds")
+    for axes in (left, right):
+        axes.grid(False, axis="y")
     return figure
+
+
+def dots(axes, place: int, values: list[float], colour: str) -> None:
+    """Values on a line, and their mean with its 95% confidence interval."""
+    spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.plot(values, place + spread, "o", ms=3.5, color=colour, alpha=0.4, mew=0)
+    middle = estimate(values)
+    axes.errorbar(
+        middle.mean, place, xerr=np.nan_to_num(middle.half_width), fmt="D", ms=5, capsize=4, lw=2, color=colour
+    )
 
 
 def curves(study: Study, results: list[dict]) -> Figure:

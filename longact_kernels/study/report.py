@@ -164,7 +164,10 @@ def as_html(lines: list[dict[str, str]]) -> str:
 
 def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: dict) -> str:
     """The study as one HTML page that needs nothing else."""
-    titles = {"scores": "Final score by arm", "curves": "Held-out accuracy while training, each arm beside dense"}
+    titles = {
+        "scores": "Final score by arm: runs, mean, 95% confidence interval",
+        "curves": "Held-out accuracy while training, each arm beside dense",
+    }
     figures = "".join(
         f"<h2>{titles[name]}</h2><picture><source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark)}'>"
         f"<img alt='{titles[name]}' src='{data_uri(light)}'></picture>"

@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def compare(values: Sequence[float], others: Sequence[float]) -> Comparison:
     """Compares values with others, each with the one of the same place. NaN for what a single pair cannot tell."""
     differences = np.subtract(values, others)
-    difference = estimate(differences)
+    difference = estimate(differences.tolist())
     if len(differences) < 2:
         return Comparison(difference, math.nan, math.nan)
     if not differences.any():
