@@ -42,6 +42,7 @@ def scores(study: Study, results: list[dict]) -> Figure:
     right.set_xlabel("difference from dense, same seeds")
     for axes in (left, right):
         axes.grid(False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
@@ -56,22 +57,23 @@ def dots(axes, place: int, values: list[float], colour: str) -> None:
 
 
 def curves(study: Study, results: list[dict]) -> Figure:
-    """Held-out accuracy by step, one panel an arm, dense beside it: means over seeds, 95% confidence intervals."""
+    """Held-out accuracy gained by step, a panel an arm, beside it dense with the same seeds; 95% confidence bands."""
     arms = found_arms(study, results)
     shown = {name: found for name, found in arms.items() if name != DENSE} or arms
     down = -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(WIDTH, 0.6 + 2.1 * down), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * down), layout="constrained")
     panels = figure.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
     for axes, (name, found) in zip(panels.flat, shown.items(), strict=False):
-        if DENSE in arms:
-            line(axes, arms[DENSE], "C3", ":")
+        seeds = {one["seed"] for one in found}
+        line(axes, [one for one in arms.get(DENSE, []) if one["seed"] in seeds], "C3", ":")
         line(axes, found, "C0", "-")
-        axes.set_title(name, fontsize=10)
+        axes.set_title(f"{name}, {len(seeds)} seeds", fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("training step (dense: dotted red)", fontsize=10)
-    figure.supylabel("held-out accuracy", fontsize=10)
+    figure.supxlabel("training step (dotted red: dense, same seeds)", fontsize=10)
+    figure.supylabel("held-out accuracy gained", fontsize=10)
     return figure
 
 
@@ -79,7 +81,7 @@ def line(axes, found: list[dict], colour: str, style: str) -> None:
     by_step = defaultdict(list)
     for one in found:
         for step, accuracy in one["curve"]:
-            by_step[step].append(accuracy)
+            by_step[step].append(accuracy - one["before"])
     middles = [estimate(values) for values in by_step.values()]
     means = np.array([one.mean for one in middles])
     widths = np.nan_to_num([one.half_width for one in middles])

@@ -166,7 +166,7 @@ def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: d
     """The study as one HTML page that needs nothing else."""
     titles = {
         "scores": "Final score by arm: runs, mean, 95% confidence interval",
-        "curves": "Held-out accuracy while training, each arm beside dense",
+        "curves": "Held-out accuracy gained while training: means, 95% confidence bands",
     }
     figures = "".join(
         f"<h2>{titles[name]}</h2><picture><source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark)}'>"
