@@ -450,3 +450,20 @@ def test_sets_with_empty_slots_train_alike_in_every_form(options):
         trained.append([p.detach() for p in model.parameters()])
     for other in trained[1:]:
         torch.testing.assert_close(other, trained[0], rtol=1e-4, atol=1e-6)
+
+
+def test_rotary_pairs_are_salient_together():
+    model = tiny_model("Qwen3")
+    outputs = hooked_outputs(model, lambda plain: plain(tokens(3)))
+    longact = LongAct(model, density=0.4, pair_rope=True)
+    backward(model, tokens(3))
+    longact.mask_gradients()
+    for name, layer in longact.layers.items():
+        # Heads of ten channels turn i with i + 5; a pair counts by its larger magnitude.
+        pairs = outputs[name].abs().amax((0, 1)).view(-1, 2, 5).amax(1)
+        expected = [
+            10 * head + channel
+            for head, values in enumerate(pairs)
+            for channel in sorted(c + half for c in values.topk(2).indices.tolist() for half in (0, 5))
+        ]
+        assert layer.salient.rows.tolist() == expected
