@@ -41,6 +41,10 @@ def scores(study: Study, results: list[dict]) -> Figure:
     left.set_xlabel(f"{what} after {study.options['max_steps']} steps")
     right.set_xlabel("difference from dense, same seeds")
     for axes in (left, right):
+        # Of two runs, the interval may be wider than all there is to see.
+        places = np.concatenate([one.get_xdata() for one in axes.lines if one.get_marker() == "o"])
+        margin = 0.1 * np.ptp(places) + 0.005
+        axes.set_xlim(min(places) - margin, max(places) + margin)
         axes.grid(False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(5))
     return figure

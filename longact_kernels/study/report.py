@@ -79,7 +79,7 @@ def against(found: dict[int, dict], others: dict[int, dict]) -> Comparison | Non
 
 
 def write_results(study: Study, folder: Path, results: list[dict], console: Console) -> None:
-    """Writes `runs.csv`, `study.json`, `scores.png`, `curves.png` and `report.html`, and shows the table."""
+    """Writes `runs.csv`, `study.json`, `tables.md`, `scores.png`, `curves.png`, `report.html`; shows the tables."""
     rows = rows_of(study, results)
     write_csv(folder / "runs.csv", results)
     about = {**installed(), "python": platform.python_version(), "platform": platform.platform()}
@@ -92,6 +92,9 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     for name, (light, _) in images.items():
         (folder / f"{name}.png").write_bytes(light)
     write_whole(folder / "report.html", page(study, rows, images, about))
+    write_whole(
+        folder / "tables.md", "\n".join(as_markdown([part(row) for row in rows]) for part in (outcomes, comparisons))
+    )
     console.print(shown(f"{study.name}: means ± 95% confidence intervals", [outcomes(row) for row in rows]))
     console.print(shown("Differences over the same seeds", [comparisons(row) for row in rows]))
     for name in ("runs.csv", "scores.png", "curves.png", "report.html"):
@@ -156,6 +159,11 @@ def shown(title: str, lines: list[dict[str, str]]) -> Table:
     for line in lines:
         made.add_row(*line.values())
     return made
+
+
+def as_markdown(lines: list[dict[str, str]]) -> str:
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def as_html(lines: list[dict[str, str]]) -> str:
