@@ -203,10 +203,9 @@ class Training:
         subprocess.run([*command, *options, "--output", str(folder / "eval")], check=True)
         scores = {}
         for cell in read_json(folder / "eval" / "results.json")["cells"]:
-            if "score" in cell:
-                scores[f"{cell['task']}-{cell['length']}" if cell["length"] else cell["task"]] = cell["score"]
-        if not scores:
-            raise ValueError(f"evaluate: there is no score of {options}; needed tasks that run here")
+            if "skipped" in cell:
+                raise ValueError(f"evaluate: {cell['task']}: {cell['skipped']}")
+            scores[f"{cell['task']}-{cell['length']}" if cell["length"] else cell["task"]] = cell["score"]
         return {"eval": scores, "score": mean(scores.values())}
 
 
