@@ -34,6 +34,7 @@ STUDY = {
     "options": {
         "max_steps": 2,
         "learning_rate": 1e-3,
+        "weight_decay": 0.1,  # moves what trains, also where no completion earned anything
         "num_generations": 4,
         "per_device_train_batch_size": 8,
         "eval_prompts": 8,
