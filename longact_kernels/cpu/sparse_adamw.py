@@ -30,17 +30,16 @@ def _fits_native(call: AdamWCall) -> bool:
     """Whether the native code reads these formats and layouts, and gives the bits that are wanted."""
     if call.weights[0].dtype == torch.float16 or call.grads[0].dtype == torch.float16:
         return False
+    along_rows = call.axis == "rows"
     whole = [weight.shape for weight in call.weights]
-    packed = call.compact or [grad.shape for grad in call.grads] != whole
-    if call.axis == "columns" and packed:
+    if not along_rows and (call.compact or [grad.shape for grad in call.grads] != whole):
         return False
     # Whole sets are dense AdamW, and shall have its bits: ATen's square root (MKL's) is not always the nearest number.
-    along = 0 if call.axis == "rows" else 1
     dense = all(
-        index.shape[0] == shape[along] and not (index[:1] < 0).any()
+        index.numel() == shape[not along_rows] and not (index[:1] < 0).any()
         for index, shape in zip(call.rows, whole, strict=True)
     )
-    return not dense and all(grad.stride()[1] == 1 for grad in call.grads)
+    return not dense and all(stride[1] == 1 for stride in map(Tensor.stride, call.grads))
 
 
 def _native(call: AdamWCall) -> None:
@@ -51,8 +50,8 @@ def _native(call: AdamWCall) -> None:
     lists = (call.weights, call.grads, call.rows, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters)
     addresses = array("q", [tensor.data_ptr() for tensors in lists for tensor in tensors])
     sizes, tasks, scratch = array("q"), 0, 0
-    for weight, grad, index in zip(call.weights, call.grads, call.rows, strict=True):
-        (N, K), (S,), of_grad = weight.shape, index.shape, grad.shape
+    for weight, grad, S in zip(call.weights, call.grads, map(Tensor.numel, call.rows), strict=True):
+        (N, K), of_grad = weight.shape, grad.shape
         per_task = max(1, _TASK // max(1, K))
         strides = weight.stride()[0], grad.stride()[0]
         sizes.extend((N, K, S, *strides, of_grad != (N, K), tasks, per_task, scratch))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -108,21 +109,18 @@ def _check(call: AdamWCall) -> None:
     for i, weight in enumerate(call.weights):
         if len(whole[i]) != 2 or not _has_plain_rows(weight):
             raise _misfit("weights", i, weight, "[N, K], elements of a row next to one another")
-    slots = [index.shape for index in call.rows]
-    for i, shape in enumerate(slots):
-        if len(shape) != 1:
-            raise _misfit("rows", i, call.rows[i], "[S], contiguous")
-    _check_shapes("rows", call.rows, slots)
+    slots = [index.numel() for index in call.rows]
+    _check_shapes("rows", call.rows, [(S,) for S in slots])
     along = 0 if call.axis == "rows" else 1
-    salient = [S + N_K[1:] if along == 0 else N_K[:1] + S for S, N_K in zip(slots, whole, strict=True)]
-    for i, grad in enumerate(call.grads):
-        if grad.shape not in (whole[i], salient[i]):
-            raise _misfit("grads", i, grad, f"{list(whole[i])} or {list(salient[i])}")
+    salient = [(S, K) if along == 0 else (N, S) for (N, K), S in zip(whole, slots, strict=True)]
+    for i, shape in enumerate([grad.shape for grad in call.grads]):
+        if shape != whole[i] and shape != salient[i]:
+            raise _misfit("grads", i, call.grads[i], f"{list(whole[i])} or {list(salient[i])}")
     held = salient if call.compact else whole
     for name in ("exp_avgs", "exp_avg_sqs", "masters"):
         if lists[name]:
             _check_shapes(name, lists[name], held)
-    _check_shapes("steps", call.steps, [shape[along : along + 1] for shape in held])
+    _check_shapes("steps", call.steps, [(shape[along],) for shape in held])
 
 
 def _check_dtypes(name: str, tensors: list[Tensor], allowed: tuple[torch.dtype, ...]) -> None:
@@ -134,7 +132,7 @@ def _check_dtypes(name: str, tensors: list[Tensor], allowed: tuple[torch.dtype, 
         raise ValueError(f"{name}: one dtype needed in a call, got {', '.join(sorted(map(str, dtypes)))}")
 
 
-def _check_shapes(name: str, tensors: list[Tensor], shapes: list[torch.Size]) -> None:
+def _check_shapes(name: str, tensors: list[Tensor], shapes: Sequence[Sequence[int]]) -> None:
     if [tensor.shape for tensor in tensors] == shapes and all(map(Tensor.is_contiguous, tensors)):
         return
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):

@@ -40,12 +40,17 @@ from longact_kernels.cpu.native.intrinsics import (
 
 # Elements worked on at a time: the fp32 vectors of that many stay in the first-level cache.
 _BLOCK = 1024
+# Elements between two looks ahead.
+_STEP = 64
 # Neighbouring columns that share a cache line, of which either all are read and written or none.
 _LINE = 16
 # int64 words of one weight in `sizes`.
 _WORDS = 9
 
+
 _prefetch_line = prefetch_of(64)
+_prefetch_half = prefetch_of(2 * _STEP)
+_prefetch_single = prefetch_of(4 * _STEP)
 _masked_line = masked_adamw(_LINE)
 _masked_single = masked_adamw(1)
 
@@ -126,6 +131,19 @@ def _weight_of(task, number, count, sizes):
     return number
 
 
+@njit
+def _prefetch(source, is_bf16, start):
+    _prefetch_line(uint8_at(source + start * (2 if is_bf16 else 4)))
+
+
+@njit
+def _prefetch_step(source, is_bf16, start):
+    if is_bf16:
+        _prefetch_half(uint8_at(source + start * 2))
+    else:
+        _prefetch_single(uint8_at(source + start * 4))
+
+
 @compile_kernel
 def rows(args):
     """A task has some of a weight's slots."""
@@ -173,6 +191,8 @@ def rows(args):
                 step_size, floor = _factors(tau, scalars)
                 last_tau = tau
             key = _key(seed, number, row, tau)
+            # Hardware looks ahead along a row, not to the next salient one: where rows are short, that is asked for.
+            ahead = index[min(slot + 1, S - 1)] - row if K <= _BLOCK else 0
             for k0 in range(0, K, _BLOCK):
                 count = min(_BLOCK, K - k0)
                 here, state_here = row * weight_stride + k0, state * K + k0
@@ -184,10 +204,21 @@ def rows(args):
                     w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
                 m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
                 v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
-                for k in range(count):
-                    m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
-                    m[k], v[k] = m_new, v_new
-                    w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
+                grad_next = grad_here + (1 if compact_grad else ahead) * grad_stride
+                state_next = state_here + (1 if compact else ahead) * K
+                for k1 in range(0, count, _STEP):
+                    if ahead > 0:
+                        _prefetch_step(grad, grad_is_bf16, grad_next + k1)
+                        _prefetch_step(exp_avg, moment_is_bf16, state_next + k1)
+                        _prefetch_step(exp_avg_sq, moment_is_bf16, state_next + k1)
+                        if master != 0:
+                            _prefetch_step(master, 0, state_next + k1)
+                        else:
+                            _prefetch_step(weight, weight_is_bf16, here + ahead * weight_stride + k1)
+                    for k in range(k1, min(k1 + _STEP, count)):
+                        m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
+                        m[k], v[k] = m_new, v_new
+                        w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
                 if moment_is_bf16:
                     moment_key = _hash(uint32(key ^ uint32(1)))
                     _write(exp_avg, state_here, count, m, seed >= 0, moment_key, k0, 16)
@@ -262,11 +293,6 @@ def column_factors(args):
                 runs[2 * count] = end
             open_run = salient
         runs[0] = count
-
-
-@njit
-def _prefetch(source, is_bf16, start):
-    _prefetch_line(uint8_at(source + start * (2 if is_bf16 else 4)))
 
 
 @compile_kernel
