@@ -7,6 +7,7 @@ import torch
 
 from bench.race import DEVICE, ours, update
 from longact_kernels import ops
+from longact_kernels.cpu.sparse_adamw import _blocks
 from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
@@ -107,6 +108,24 @@ class Problem:
             weight.grad = grad
         return optimi.AdamW(weights, **HYPER).step
 
+    def moves(self):
+        """Salient elements read into blocks and written back, nothing computed: the moves of our form without numba."""
+        scratch = torch.empty(4, 1 << 18)
+        dim = int(self.axis == "columns")
+
+        def step():
+            for weight, grad, exp_avg, exp_avg_sq, rows in zip(
+                self.weights, self.grads, self.exp_avgs, self.exp_avg_sqs, self.rows, strict=True
+            ):
+                for block in _blocks(weight, rows, dim):
+                    buffers = [numbers[: block.shape.numel()].view(block.shape) for numbers in scratch]
+                    for tensor, buffer in zip((weight, exp_avg, exp_avg_sq, grad), buffers, strict=True):
+                        block.take(tensor, False, buffer)
+                    for tensor, buffer in zip((weight, exp_avg, exp_avg_sq), buffers, strict=False):
+                        block.put(tensor, False, buffer)
+
+        return {} if DEVICE == "cuda" else {"ATen's gather and scatter alone": step}
+
     def least_bytes(self):
         """A salient element reads weight (or master), gradient and moments and writes all but the gradient: 28 bytes in
         fp32, and as many in bf16 with a master, whose 16-bit copy is written but not read."""
@@ -125,7 +144,7 @@ LARGE = [(4096, 4096)] * 4
 @pytest.mark.parametrize(("density", "bars"), [(0.30, (0.32, 0.8)), (0.05, (0.07, 0.2))], ids=["0.30", "0.05"])
 def test_rows_fp32(race, density, bars):
     problem = Problem(LARGE, density)
-    contenders = {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True)}
+    contenders = {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True), **problem.moves()}
     if density == 0.30:
         contenders |= {"AdamW(foreach=True)": problem.dense(foreach=True), "masked gradient + AdamW": problem.literal()}
     race(
@@ -165,6 +184,7 @@ def test_rows_of_smollm2(race):
             "masked gradient + AdamW": problem.literal(),
             "SparseAdam": problem.sparse_adam(),
             "optimi AdamW": problem.optimi(),
+            **problem.moves(),
         },
         peer="AdamW(fused=True)",
         check=problem.check,
@@ -179,7 +199,7 @@ def test_columns(race, density, bars):
     race(
         "column AdamW",
         f"fp32 2 x 4096², {density:.2f}",
-        {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True)},
+        {**ours(problem.ours), "AdamW(fused=True)": problem.dense(fused=True), **problem.moves()},
         peer="AdamW(fused=True)",
         check=problem.check,
         roof=update(problem.least_bytes()),
