@@ -99,8 +99,10 @@ def run_all(title: str, jobs: Sequence[Job], at_once: int, threads: int, console
                 wait([process.sentinel for process in active], timeout=POLL_SECONDS)
                 for process in [process for process in active if not process.is_alive()]:
                     job = active.pop(process)
-                    if process.exitcode or not job.is_done:
+                    if process.exitcode:
                         failed.append(job.name)
+                    elif not job.is_done:  # trained, and to be evaluated
+                        todo.appendleft(job)
                 bars.update(active.values())
         except KeyboardInterrupt:
             console.print("Stopping: runs under way keep a checkpoint. Ctrl-C again stops at once.")

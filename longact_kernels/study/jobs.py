@@ -142,7 +142,10 @@ class Training:
         return ["--config", str(self.folder.config(self.name))]
 
     def __call__(self) -> int:
-        """Trains and evaluates, or goes on with it; returns 0, or 130 after Ctrl-C."""
+        """Trains, or goes on with it; called again, evaluates. Returns 0, or 130 after Ctrl-C.
+
+        What training leaves in a process's memory would be held while `longact eval` works: it is for the next process.
+        """
         folder = self.folder.run(self.name)
         trained = folder / "trained.json"
         if not trained.is_file():
@@ -150,6 +153,8 @@ class Training:
             if (found := self.train(run)) is None:
                 return INTERRUPTED
             write_json(trained, found)
+            if self.study.evaluate is not None:
+                return 0
         result = read_json(trained)
         if self.study.evaluate is not None:
             result |= self.evaluate(folder)
