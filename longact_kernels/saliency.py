@@ -327,10 +327,8 @@ class LongAct:
                 salient.fixed = not due or self.frozen
         elif due:
             self.refresh()
-        if self.grad == "compact":
-            if self.accumulators is None:
-                self._allocate()
-            self.zero_grad()
+        self._accumulate()
+        self.zero_grad()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
@@ -370,7 +368,10 @@ class LongAct:
         """Compact gradients of all layers, flat; None before the first set, and with grad="full"."""
         return None if self.accumulators is None else self.accumulators.buffer
 
-    def _allocate(self) -> None:
+    def _accumulate(self) -> None:
+        """Has backward add to accumulators from now on, where gradients are compact."""
+        if self.grad == "full" or self.accumulators is not None:
+            return
         shapes = {}
         for name, layer in self.layers.items():
             shapes[name] = list(layer.weight.shape)
@@ -532,6 +533,8 @@ class LongAct:
             self._saliency[salient.channels] = state["salient_saliency"]
         for name, part in self._statistics.of(salient).items():
             part.copy_(state[name])
+        if salient.fixed:
+            self._accumulate()
 
 
 def _one_of(argument: str, value: Any, choices: object) -> Any:
