@@ -23,11 +23,14 @@ class SalientChannels:
         name: the projection's module name.
         plain: the class that the layer had before.
         owner: the controller that chooses the set.
-        segment: the part of the controller's statistics that this projection's output feeds.
+        channels, segments: the projection's part of the controller's statistics: channels, and segments of such.
+        heads: how many channels each head has.
         size: how many channels the set holds.
         axis: what a channel is: one of the projection's output ("rows") or input ("columns").
         transposed: whether the weight is stored [in_features, out_features].
         rows: the set, int64 [size] ascending, behind its empty slots (-1); None until the first refresh.
+        before: the set of the refresh before, if any.
+        first: the set of the first refresh.
         fixed: whether the set holds for the step under way, so that backward may compute its channels alone.
         fed: whether a training forward has come since the last refresh.
     """
@@ -35,11 +38,15 @@ class SalientChannels:
     name: str
     plain: type[nn.Module]
     owner: LongAct
-    segment: int
+    channels: slice
+    segments: slice
+    heads: list[int]
     size: int
     axis: Axis
     transposed: bool
     rows: Any = None
+    before: Any = None
+    first: Any = None
     fixed: bool = False
     fed: bool = False
 
@@ -51,7 +58,8 @@ class SalientChannels:
     @property
     def grad(self) -> Tensor | None:
         """The fp32 accumulator of the set's gradient, where the controller keeps those in place of whole gradients."""
-        return self.owner.grad_of.get(self.name)
+        grads = self.owner.accumulators
+        return None if grads is None else grads.parts[self.name]
 
 
 controllers: weakref.WeakSet[LongAct] = weakref.WeakSet()
@@ -86,7 +94,7 @@ class SalientLayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        stats = owner.stats_on(salient, salient.segment, x.device) if owner.site == "projection" else None
+        stats = owner.stats_on(salient, salient.segments.start, x.device) if owner.site == "projection" else None
         rows, grad = (salient.rows, salient.grad) if salient.fixed else (None, None)
         mask, cu_seqlens = owner.tokens.of(x)
         if cu_seqlens is None:

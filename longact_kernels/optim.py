@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import defaultdict
@@ -107,7 +108,7 @@ class SalientAdamW(Optimizer):
             fused=fused,
         )
         super().__init__(params, defaults)
-        if longact is not None and longact not in _owners(self._salient()):
+        if longact is not None and longact not in self._controllers(salient_weights()):
             raise ValueError("longact: none of its projections' weights is among the parameters given")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,9 +116,9 @@ class SalientAdamW(Optimizer):
         options = ("compact", "master_weights", "stochastic_rounding", "moments", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
 
-    def _salient(self) -> list[tuple[Tensor, SalientChannels]]:
-        salient = salient_weights()
-        return [(p, salient[id(p)]) for p in _params(self.param_groups) if id(p) in salient]
+    def _controllers(self, salient: dict[int, SalientChannels]) -> list[LongAct]:
+        """Those of this optimizer's salient weights."""
+        return list(dict.fromkeys(salient[id(p)].owner for p in _params(self.param_groups) if id(p) in salient))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,7 +132,7 @@ class SalientAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         salient = salient_weights()
-        controllers = _owners(self._salient())
+        controllers = self._controllers(salient)
         if any(longact.idle for longact in controllers) and all(group["lr"] == 0 for group in self.param_groups):
             # How torch.distributed.checkpoint makes the state of a new optimizer, to load a saved one into it.
             self._make_states(salient)
@@ -144,8 +145,9 @@ class SalientAdamW(Optimizer):
             whole: list[Tensor] = []
             sparse: list[tuple[Tensor, SalientChannels]] = []
             for p in group["params"]:
-                if id(p) in salient and (p.grad is not None or salient[id(p)].grad is not None):
-                    sparse.append((p, salient[id(p)]))
+                channels = salient.get(id(p))
+                if channels is not None and (p.grad is not None or channels.grad is not None):
+                    sparse.append((p, channels))
                 elif p.grad is not None:
                     (whole if self._by_kernel(p) else plain).append(p)
             self._step_plain(group, plain, grad_scale, found_inf)
@@ -158,7 +160,7 @@ class SalientAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every optimizer's; clears compact gradients too."""
         super().zero_grad(set_to_none)
-        for longact in _owners(self._salient()):
+        for longact in self._controllers(salient_weights()):
             longact.zero_grad()
 
     def _scaling(self, controllers: list[LongAct]) -> tuple[Tensor | None, Tensor | None]:
@@ -212,6 +214,7 @@ class SalientAdamW(Optimizer):
             if found_inf.item():
                 return
             found_inf = None
+        entries = []
         for p in params:
             state = self.state[p]
             if not state:
@@ -222,20 +225,20 @@ class SalientAdamW(Optimizer):
                     "one now; after LongAct.restore(), go on with a new optimizer: "
                     "torch.optim.AdamW(...).load_state_dict(optimizer.adamw_state_dict())"
                 )
+            entries.append((p, state))
         beta1, beta2 = group["betas"]
-        for chunk in _chunks(params):
-            states = [self.state[p] for p in chunk]
-            targets = [state.get("master", p) for state, p in zip(states, chunk, strict=True)]
-            grads = [p.grad.to(target.dtype) for p, target in zip(chunk, targets, strict=True)]
+        for chunk in _chunks(entries):
+            targets = [state.get("master", p) for p, state in chunk]
+            grads = [p.grad.float() if "master" in state else p.grad for p, state in chunk]
             if grad_scale is not None and not group["fused"]:
                 grads = [grad / grad_scale for grad in grads]
             adamw(
                 targets,
                 grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [state["exp_avg"] for _, state in chunk],
+                [state["exp_avg_sq"] for _, state in chunk],
                 [],
-                [state["step"] for state in states],
+                [state["step"] for _, state in chunk],
                 foreach=group["foreach"],
                 capturable=group["capturable"],
                 fused=group["fused"],
@@ -249,8 +252,8 @@ class SalientAdamW(Optimizer):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-            if outdated := [p for p in chunk if "master" in self.state[p]]:
-                torch._foreach_copy_(outdated, [self.state[p]["master"] for p in outdated])
+            if masters := {p: state["master"] for p, state in chunk if "master" in state}:
+                torch._foreach_copy_(list(masters), list(masters.values()))
 
     # The kernel: salient weights, and ordinary parameters as matrices whose rows are all in the set
 
@@ -275,18 +278,16 @@ class SalientAdamW(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         self._follow_sets(params)
-        for dim, axis in enumerate(_AXES):
-            entries = [
-                (
-                    local(p.detach()),
-                    local(p.grad) if salient.grad is None else salient.grad,
-                    local_channels(p, salient.rows, dim),
-                    {name: local(tensor) for name, tensor in self.state[p].items()},
-                )
-                for p, salient in params
-                if salient.dim == dim
-            ]
-            self._run(group, entries, axis, self.compact, grad_scale, found_inf)
+        entries = defaultdict(list)
+        for p, salient in params:
+            weight, rows, state = p.detach(), salient.rows, self.state[p]
+            grad = p.grad if salient.grad is None else salient.grad
+            if is_sharded(p):
+                weight, grad, rows = local(weight), local(grad), local_channels(p, rows, salient.dim)
+                state = {name: local(tensor) for name, tensor in state.items()}
+            entries[_AXES[salient.dim]].append((weight, grad, rows, state))
+        for axis, of_axis in entries.items():
+            self._run(group, of_axis, axis, self.compact, grad_scale, found_inf)
 
     def _run(
         self,
@@ -383,8 +384,13 @@ class SalientAdamW(Optimizer):
                 moved[dim].append((p, state, rows))
         for dim, entries in moved.items():
             states = [[state[name] for name in sorted(_KEPT & state.keys())] for _, state, _ in entries]
-            axis = _AXES[dim]
-            stays = ops.carry_(states, [state["rows"] for _, state, _ in entries], [rows for *_, rows in entries], axis)
+            # Values of 32 bits are what `carry_` moves.
+            wide = [[own.float() if own.dtype == torch.bfloat16 else own for own in layer] for layer in states]
+            old, new = [state["rows"] for _, state, _ in entries], [rows for *_, rows in entries]
+            stays = ops.carry_(wide, old, new, _AXES[dim])
+            for own, carried in zip(itertools.chain(*states), itertools.chain(*wide), strict=True):
+                if carried is not own:
+                    own.copy_(carried)
             for (p, state, rows), kept in zip(entries, stays, strict=True):
                 state["rows"] = rows
                 if "master" in state:
@@ -396,9 +402,11 @@ class SalientAdamW(Optimizer):
     def salient_state_bytes(self) -> tuple[int, int]:
         """Bytes of state kept for the salient weights, and what dense AdamW with the same dtypes would keep."""
         ours = dense = 0
-        for p, _ in self._salient():
-            ours += sum(value.nbytes for value in self.state[p].values())
-            dense += p.numel() * (2 * self.moments.itemsize + 4 * self._has_master(p))
+        salient = salient_weights()
+        for p in _params(self.param_groups):
+            if id(p) in salient:
+                ours += sum(value.nbytes for value in self.state.get(p, {}).values())
+                dense += p.numel() * (2 * self.moments.itemsize + 4 * self._has_master(p))
         return ours, dense
 
     def state_dict(self) -> dict[str, Any]:
@@ -523,10 +531,6 @@ def _of_parameter(p: Tensor, state: dict[str, Tensor], dim: int, betas: tuple[fl
     return whole
 
 
-def _owners(salient: list[tuple[Tensor, SalientChannels]]) -> list[LongAct]:
-    return list(dict.fromkeys(channels.owner for _, channels in salient))
-
-
 def _extras(group: dict[str, Any]) -> dict[str, Any]:
     """What a saved group holds besides an optimizer's options: its parameters, and what schedulers put there."""
     torchs = ("amsgrad", "differentiable", "decoupled_weight_decay")
@@ -544,14 +548,15 @@ def _params(groups: list[dict[str, Any]]) -> Iterator[Any]:
         yield from group["params"]
 
 
-def _chunks(params: list[Any]) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    numel = 0
-    for p in params:
-        if chunk and numel + p.numel() > CHUNK_NUMEL:
+def _chunks(entries: list[tuple[Any, dict[str, Tensor]]]) -> Iterator[list[tuple[Any, dict[str, Tensor]]]]:
+    chunk: list[tuple[Any, dict[str, Tensor]]] = []
+    total = 0
+    for p, state in entries:
+        numel = p.numel()
+        if chunk and total + numel > CHUNK_NUMEL:
             yield chunk
-            chunk, numel = [], 0
-        chunk.append(p)
-        numel += p.numel()
+            chunk, total = [], 0
+        chunk.append((p, state))
+        total += numel
     if chunk:
         yield chunk

@@ -1,12 +1,10 @@
-"""Statistics buffers, and the controller `LongAct` that owns them and the salient sets."""
+"""The controller `LongAct`: it owns the activation statistics and the salient sets of a model."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from longact_kernels.functional import Axis, RunningStats, observe
-from longact_kernels.models import Projection, TargetModules, find_projections, rotary_pairs
+from longact_kernels.flat import Flat
+from longact_kernels.functional import Axis, RunningStats
+from longact_kernels.models import Projection, TargetModules, find_projections
 from longact_kernels.modules import SalientChannels, SalientLayer, become_salient, controllers
-from longact_kernels.selection import Run, Scope, Selection, Strategy
-from longact_kernels.shards import local, local_mask
-from longact_kernels.sites import Site, tap_norm, tap_rope
+from longact_kernels.selection import Run, Scope, Selection, Strategy, partners_of, runs_of
+from longact_kernels.shards import is_distributed, is_sharded, local, local_mask
+from longact_kernels.sites import Record, Site, tap_norm, tap_rope
+from longact_kernels.statistics import Statistic, Statistics
 from longact_kernels.tokens import Tokens, on_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Statistic = Literal["absmax", "l2"]
 When = Literal["lagged", "current"]
 Grad = Literal["full", "compact"]
 Nonfinite = Literal["error", "skip"]
@@ -134,17 +133,11 @@ class LongAct:
         self.layers: dict[str, SalientLayer] = {}
 
         projections = find_projections(model, target_modules)
-        runs = [_runs(projection, axis) for projection in projections]
-        partners = [_partners(model, projection) for projection in projections] if pair_rope else None
+        runs = [runs_of(projection, axis) for projection in projections]
+        partners = [partners_of(projection, model) for projection in projections] if pair_rope else None
         self._select = Selection(runs, density, self.scope, self.strategy, threshold, seed, partners)
-        self._heads = [[size for size, _ in layer] for layer in runs]
-        sizes = [sum(heads) for heads in self._heads]
-        self._bounds = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
         self._saliency: Tensor | None = None
-        self._sets_before: list[Tensor | None] = []
-        self._first_sets: list[Tensor] = []
-        self.grads: Tensor | None = None
-        self.grad_of: dict[str, Tensor] = {}
+        self.accumulators: Flat | None = None  # compact gradients, by layer
         self._reduced = False
         self._alike = False  # whether all ranks have the same salient weights
         self._undo: list[Any] = []
@@ -165,49 +158,50 @@ class LongAct:
 
     def _swap(self, projections: list[Projection], runs: list[list[Run]]) -> None:
         """Gives the projections' modules their salient sets, and the places where statistics are taken their taps."""
-        segments: list[int] = []
-        source: list[int] = []  # the place in the statistics of every channel
-        records: defaultdict[str, dict[str, _Record]] = defaultdict(dict)  # by attention module, then kind
-        for i, (projection, layer) in enumerate(zip(projections, runs, strict=True)):
-            module = projection.module
+        sizes: list[int] = []  # of the statistics' segments
+        source: list[int] = []  # the place in them of every channel
+        records: defaultdict[str, dict[str, Record]] = defaultdict(dict)  # by attention module, then kind
+        for projection, layer, size in zip(projections, runs, self._select.sizes, strict=True):
+            module, start = projection.module, len(source)
+            heads = [channels for channels, _ in layer]
+            # One segment a kind, in the order of its heads; away from the projection, nothing feeds those of no kind.
+            parts: list[Run] = [(sum(heads), None)] if self.site == "projection" else layer
+            by_kind: defaultdict[str | None, list[int]] = defaultdict(list)
+            for channels, kind in parts:
+                by_kind[kind].append(channels)
             salient = SalientChannels(
                 name=projection.name,
                 plain=type(module),
                 owner=self,
-                segment=len(segments),
-                size=self._select.sizes[i],
+                channels=slice(start, start + sum(heads)),
+                segments=slice(len(sizes), len(sizes) + len(by_kind)),
+                heads=heads,
+                size=size,
                 axis=self.axis,
                 transposed=projection.transposed,
             )
-            start, end = self._bounds[i]
-            if self.site == "projection":
-                segments.append(end - start)
-            else:
-                # One segment a kind, in the order of its heads; those of no kind get one that nothing feeds.
-                place, places = start, {}
-                for kind in dict.fromkeys(kind for _, kind in layer):
-                    places[kind] = place
-                    channels = sum(size for size, of in layer if of == kind)
-                    if kind is not None:
-                        heads = sum(of == kind for _, of in layer)
-                        records[projection.attention][kind] = _Record(salient, len(segments), heads, channels)
-                    segments.append(channels)
-                    place += channels
-                for size, kind in layer:
-                    source += range(places[kind], places[kind] + size)
-                    places[kind] += size
+            places = {}
+            for kind, of_kind in by_kind.items():
+                if kind is not None:
+                    records[projection.attention][kind] = Record(salient, len(sizes), len(of_kind), sum(of_kind))
+                places[kind] = start
+                start += sum(of_kind)
+                sizes.append(sum(of_kind))
+            for channels, kind in parts:
+                source += range(places[kind], places[kind] + channels)
+                places[kind] += channels
             self.layers[projection.name] = become_salient(module, salient)
-        self._sizes = segments
-        self._segments = torch.tensor(segments)
-        self._source = torch.tensor(source) if self.site != "projection" else None
-        self._allocate(next(iter(self.layers.values())).weight.device)
-        for path, kinds in records.items():
+        order = None if self.site == "projection" else torch.tensor(source)
+        device = next(iter(self.layers.values())).weight.device
+        self._statistics = Statistics(self.statistic, sizes, order, device)
+        for path, taken in records.items():
             tap = tap_norm if self.site == "norm" else tap_rope
-            self._undo += tap(self.model.get_submodule(path), path, kinds)
+            self._undo += tap(self.model.get_submodule(path), path, taken)
         self._undo += [hook.remove for hook in on_tokens(self.model, self._take)]
         if self.grad == "compact":
             ignored = [f"{name}.weight" for name in self.layers]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ignored)
+            self._undo.append(partial(delattr, self.model, "_ddp_params_and_buffers_to_ignore"))
 
     # What the layers ask for in their forward
 
@@ -219,70 +213,31 @@ class LongAct:
         if self.frozen:
             return None
         salient.fed = True
-        if self._absmax.device != device:
+        if self._statistics.device != device:
             self._move(device)
-        return self._stats[segment]
+        return self._statistics.running(segment)
+
+    def _move(self, device: torch.device) -> None:
+        self._statistics.move(device)
+        if self.accumulators is not None:
+            self.accumulators.move(device)
+        self._saliency = None if self._saliency is None else self._saliency.to(device)
+        for salient in self._salient():
+            salient.rows, salient.before, salient.first = (
+                None if rows is None else rows.to(device) for rows in (salient.rows, salient.before, salient.first)
+            )
 
     def _take(self, tokens: Tokens) -> None:
         self.tokens = tokens
-        if self.grad == "compact" and not self._alike and _distributed():
+        if self.grad == "compact" and not self._alike and is_distributed():
             # DistributedDataParallel leaves out what it was told to ignore.
             for layer in self.layers.values():
-                torch.distributed.broadcast(layer.weight.data, 0)
+                if not is_sharded(layer.weight):
+                    torch.distributed.broadcast(layer.weight.data, 0)
         self._alike = True
-
-    # Statistics: all layers lie in one flat buffer, so that one reset and one all-reduce serve them all
-
-    def _allocate(self, device: torch.device) -> None:
-        self._absmax = torch.zeros(self._bounds[-1][1], device=device)
-        self._l2_sum = torch.zeros_like(self._absmax)
-        self._sequences = torch.zeros(len(self._segments), device=device)
-        self._move(device)
-
-    def _move(self, device: torch.device) -> None:
-        self._absmax, self._l2_sum, self._sequences, self._segments = (
-            tensor.to(device) for tensor in (self._absmax, self._l2_sum, self._sequences, self._segments)
-        )
-        self._saliency = None if self._saliency is None else self._saliency.to(device)
-        self._source = None if self._source is None else self._source.to(device)
-        self.grads = None if self.grads is None else self.grads.to(device)
-        for salient in self._salient():
-            salient.rows = None if salient.rows is None else salient.rows.to(device)
-        self._view()
-
-    def _view(self) -> None:
-        """Makes the layers' views into the flat buffers; a pickle does not keep them views."""
-        parts = zip(self._absmax.split(self._sizes), self._l2_sum.split(self._sizes), self._sequences, strict=True)
-        l2 = self.statistic == "l2"
-        self._stats = [RunningStats(absmax, *((l2_sum, n) if l2 else ())) for absmax, l2_sum, n in parts]
-        if self.grads is not None:
-            shapes = {name: part.shape for name, part in self.grad_of.items()}
-            flat = self.grads.split([math.prod(shape) for shape in shapes.values()])
-            self.grad_of = {name: part.view(shapes[name]) for name, part in zip(shapes, flat, strict=True)}
 
     def _salient(self) -> Iterator[SalientChannels]:
         return (layer.salient for layer in self.layers.values())
-
-    def _reset(self) -> None:
-        for buffer in (self._absmax, self._l2_sum, self._sequences):
-            buffer.zero_()
-        for salient in self._salient():
-            salient.fed = False
-
-    def _measure(self) -> Tensor:
-        """The statistic of all layers' channels, fp32 [total channels], the same on every rank."""
-        if self.statistic == "absmax":
-            if _distributed():
-                # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
-                torch.distributed.all_reduce(self._absmax.view(torch.int32), torch.distributed.ReduceOp.MAX)
-            measured = self._absmax.clone()
-        else:
-            if _distributed():
-                torch.distributed.all_reduce(self._l2_sum)
-                torch.distributed.all_reduce(self._sequences)
-            sequences = self._sequences.clamp(min=1).repeat_interleave(self._segments, output_size=len(self._l2_sum))
-            measured = self._l2_sum / sequences
-        return measured if self._source is None else measured[self._source]
 
     # Selection
 
@@ -311,10 +266,10 @@ class LongAct:
         if not any(salient.fed for salient in self._salient()):
             return
         first = any(salient.rows is None for salient in self._salient())
-        saliency = self._measure()
+        saliency = self._statistics.measure()
         finite = saliency.isfinite()
         if (self.nonfinite == "error" or first) and not finite.all():
-            bad = [name for name, (a, b) in zip(self.layers, self._bounds, strict=True) if not finite[a:b].all()]
+            bad = [salient.name for salient in self._salient() if not finite[salient.channels].all()]
             raise FloatingPointError(
                 f"LongAct: NaN or Inf activations in {len(bad)} of {len(self.layers)} projections, first {bad[0]}; "
                 "the salient sets are unchanged. Look at the loss and the learning rate, or pass nonfinite='skip'"
@@ -324,12 +279,16 @@ class LongAct:
         if self.nonfinite == "skip" and self._saliency is not None:
             # The saliency before chooses the set before.
             saliency = torch.where(finite.all(), saliency, self._saliency)
-        self._sets_before = [salient.rows for salient in self._salient()]
         self._saliency = saliency
         for salient, rows in zip(self._salient(), self._select(saliency, self.steps), strict=True):
-            salient.rows = rows
-        self._first_sets = self._first_sets or [salient.rows for salient in self._salient()]  # type: ignore[misc]
+            salient.before, salient.rows = salient.rows, rows
+            salient.first = rows if salient.first is None else salient.first
         self._reset()
+
+    def _reset(self) -> None:
+        self._statistics.reset()
+        for salient in self._salient():
+            salient.fed = False
 
     # One optimizer step
 
@@ -368,10 +327,8 @@ class LongAct:
                 salient.fixed = not due or self.frozen
         elif due:
             self.refresh()
-        if self.grad == "compact":
-            if self.grads is None:
-                self._allocate_grads()
-            self.zero_grad()
+        self._accumulate()
+        self.zero_grad()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
@@ -406,17 +363,26 @@ class LongAct:
 
     # Compact gradients
 
-    def _allocate_grads(self) -> None:
-        for layer in self.layers.values():
-            shape = list(layer.weight.shape)
-            shape[layer.salient.dim] = layer.salient.size
-            self.grad_of[layer.salient.name] = torch.empty(shape, device="meta")
-        self.grads = torch.zeros(sum(part.numel() for part in self.grad_of.values()), device=self._absmax.device)
-        self._view()
+    @property
+    def grads(self) -> Tensor | None:
+        """Compact gradients of all layers, flat; None before the first set, and with grad="full"."""
+        return None if self.accumulators is None else self.accumulators.buffer
+
+    def _accumulate(self) -> None:
+        """Has backward add to accumulators from now on, where gradients are compact."""
+        if self.grad == "full" or self.accumulators is not None:
+            return
+        shapes = {}
+        for name, layer in self.layers.items():
+            shapes[name] = list(layer.weight.shape)
+            shapes[name][layer.salient.dim] = layer.salient.size
+        self.accumulators = Flat(shapes, self._statistics.device)
 
     def _reduce(self) -> None:
         """Averages the gradients of all ranks, once a step."""
-        if self._reduced or not _distributed():
+        if any(is_sharded(layer.weight) for layer in self.layers.values()):
+            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+        if self._reduced or not is_distributed():
             return
         self._reduced = True
         grads = [layer.weight.grad for layer in self.layers.values() if layer.weight.grad is not None]
@@ -454,16 +420,15 @@ class LongAct:
         """The statistic [channels] that the set of layer `name` was last chosen from; None before the first refresh."""
         if self._saliency is None:
             return None
-        start, end = self._bounds[list(self.layers).index(name)]
-        return self._saliency[start:end]
+        return self._saliency[self.layers[name].salient.channels]
 
     @property
     def churn(self) -> dict[str, float]:
         """By layer, 1 − Jaccard overlap of the set with the one before; empty until there are two."""
         return {
-            salient.name: 1 - _jaccard(salient.rows, before)
-            for salient, before in zip(self._salient(), self._sets_before, strict=False)
-            if before is not None and salient.rows is not None
+            salient.name: 1 - _jaccard(salient.rows, salient.before)
+            for salient in self._salient()
+            if salient.before is not None
         }
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -475,16 +440,15 @@ class LongAct:
             are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
         """
         churn = self.churn
-        first_sets: list[Any] = self._first_sets or [salient.rows for salient in self._salient()]  # after a resume
         return {
             s.name: {
                 "saliency": self.saliency(s.name).cpu().numpy(),  # type: ignore[union-attr]
                 "salient": s.rows[s.rows >= 0].cpu().numpy(),
-                "heads": heads,
+                "heads": s.heads,
                 "churn": churn.get(s.name, float("nan")),
-                "overlap": _jaccard(s.rows, first),
+                "overlap": _jaccard(s.rows, s.rows if s.first is None else s.first),  # None after a resume
             }
-            for s, first, heads in zip(self._salient(), first_sets, self._heads, strict=False)
+            for s in self._salient()
             if s.rows is not None
         }
 
@@ -518,39 +482,28 @@ class LongAct:
             layer.__class__ = plain  # type: ignore[assignment]
         for undo in self._undo:
             undo()
-        if self.grad == "compact" and self.layers:
-            del self.model._ddp_params_and_buffers_to_ignore
         self.layers, self._undo = {}, []
         return self.model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a model has a controller of its own, the copy of this one."""
         self.__dict__.update(state)
-        self._view()
         controllers.add(self)
 
     # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
 
     def state_for(self, salient: SalientChannels) -> dict[str, Tensor]:
         """What resuming needs of one layer, as tensors of fixed shapes: distributed checkpoints are read in place."""
-        (start, end), parts = self._part(salient)
+        absmax = self._statistics.absmax.buffer
         saliency = self._saliency if salient.rows is not None else None
         chosen = saliency is not None
         return {
             "salient_steps": torch.tensor(self.steps),
             "salient_flags": torch.tensor([salient.fixed, salient.fed, chosen]),
-            "salient_rows": salient.rows if chosen else torch.full((salient.size,), -1, device=self._absmax.device),
-            "salient_saliency": (self._absmax if saliency is None else saliency)[start:end].clone(),
-            "salient_absmax": self._absmax[start:end].clone(),
-            "salient_l2_sum": self._l2_sum[start:end].clone(),
-            "salient_sequences": self._sequences[parts].clone(),
+            "salient_rows": salient.rows if chosen else torch.full((salient.size,), -1, device=absmax.device),
+            "salient_saliency": (absmax if saliency is None else saliency)[salient.channels].clone(),
+            **{name: part.clone() for name, part in self._statistics.of(salient).items()},
         }
-
-    def _part(self, salient: SalientChannels) -> tuple[tuple[int, int], slice]:
-        """A layer's channels in the flat buffers, and its segments."""
-        i = list(self.layers).index(salient.name)
-        ends = [s.segment for s in self._salient()] + [len(self._segments)]
-        return self._bounds[i], slice(salient.segment, ends[i + 1])
 
     def check_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
         """Whether `load_state_for` can take a state.
@@ -571,76 +524,23 @@ class LongAct:
 
     def load_state_for(self, salient: SalientChannels, state: dict[str, Tensor]) -> None:
         """Takes back what `state_for` gave."""
-        (start, end), parts = self._part(salient)
         self.steps = int(state["salient_steps"])
         salient.fixed, salient.fed, chosen = map(bool, state["salient_flags"].tolist())
         if chosen:
-            salient.rows = state["salient_rows"].to(self._absmax.device)
-            if self._saliency is None:
-                self._saliency = torch.zeros_like(self._absmax)
-            self._saliency[start:end] = state["salient_saliency"]
-        self._absmax[start:end] = state["salient_absmax"]
-        self._l2_sum[start:end] = state["salient_l2_sum"]
-        self._sequences[parts] = state["salient_sequences"]
-
-
-@dataclass(eq=False)
-class _Record:
-    """Records queries or keys into a part of the statistics; an object, so that a model's copy has its own."""
-
-    salient: SalientChannels
-    segment: int
-    heads: int
-    channels: int
-
-    def __call__(self, y: Tensor, channels: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and y.requires_grad):
-            return y
-        owner = self.salient.owner
-        if channels.ndim != 3 or channels.shape[-1] != self.channels:
-            raise ValueError(
-                f"site: {owner.site!r} of {self.salient.name} has {channels.shape[-1]} channels where the projection "
-                f"has {self.channels}; use site='projection'"
-            )
-        stats = owner.stats_on(self.salient, self.segment, y.device)
-        if stats is None:
-            return y
-        mask, cu_seqlens = owner.tokens.of(channels)
-        return observe(y, stats, mask, cu_seqlens, channels if cu_seqlens is None else channels[0])
+            absmax = self._statistics.absmax.buffer
+            salient.rows = state["salient_rows"].to(absmax.device)
+            self._saliency = torch.zeros_like(absmax) if self._saliency is None else self._saliency
+            self._saliency[salient.channels] = state["salient_saliency"]
+        for name, part in self._statistics.of(salient).items():
+            part.copy_(state[name])
+        if salient.fixed:
+            self._accumulate()
 
 
 def _one_of(argument: str, value: Any, choices: object) -> Any:
     if value not in get_args(choices):
         raise ValueError(f"{argument}: got {value!r}, needed one of {', '.join(map(repr, get_args(choices)))}")
     return value
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _runs(projection: Projection, axis: Axis) -> list[Run]:
-    """The channels of a projection, as runs that compete or train densely."""
-    if axis == "rows":
-        return [(head.size, head.kind) for head in projection.heads]
-    if any(head.kind is None for head in projection.heads):
-        raise ValueError(
-            f"axis: 'columns' of {projection.name} would also hold rows that are neither query nor key; use axis='rows'"
-        )
-    weight = projection.module.get_parameter("weight")
-    return [(weight.shape[0 if projection.transposed else 1], "x")]
-
-
-def _partners(model: nn.Module, projection: Projection) -> Tensor:
-    """The rotary partner of every channel of a projection."""
-    attention = model.get_submodule(projection.attention)
-    starts = itertools.accumulate((head.size for head in projection.heads), initial=0)
-    return torch.cat(
-        [
-            start + (torch.arange(head.size) if head.kind is None else rotary_pairs(attention, head.size))
-            for start, head in zip(starts, projection.heads, strict=False)
-        ]
-    )
 
 
 def _jaccard(one: Tensor, other: Tensor) -> float:

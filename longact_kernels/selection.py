@@ -6,9 +6,11 @@ import itertools
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longact_kernels import ops
+from longact_kernels.functional import Axis
+from longact_kernels.models import Projection, rotary_pairs
 
 Scope = Literal["head", "layer", "model"]
 Strategy = Literal["top", "random", "bottom", "threshold"]
@@ -20,6 +22,30 @@ Run = tuple[int, str | None]
 def share(density: float, channels: int) -> int:
     """How many of so many channels are salient: at least one."""
     return max(1, int(density * channels + 0.5))
+
+
+def runs_of(projection: Projection, axis: Axis) -> list[Run]:
+    """The channels of a projection, as runs that compete or train densely."""
+    if axis == "rows":
+        return [(head.size, head.kind) for head in projection.heads]
+    if any(head.kind is None for head in projection.heads):
+        raise ValueError(
+            f"axis: 'columns' of {projection.name} would also hold rows that are neither query nor key; use axis='rows'"
+        )
+    weight = projection.module.get_parameter("weight")
+    return [(weight.shape[0 if projection.transposed else 1], "x")]
+
+
+def partners_of(projection: Projection, model: nn.Module) -> Tensor:
+    """The rotary partner of every channel of a projection."""
+    attention = model.get_submodule(projection.attention)
+    starts = itertools.accumulate((head.size for head in projection.heads), initial=0)
+    return torch.cat(
+        [
+            start + (torch.arange(head.size) if head.kind is None else rotary_pairs(attention, head.size))
+            for start, head in zip(starts, projection.heads, strict=False)
+        ]
+    )
 
 
 class Selection:
@@ -64,10 +90,9 @@ class Selection:
         self.counts: list[int] = []
         kinds: list[int] = []  # how many units each kind of each layer has
         self.sizes: list[int] = []
-        self.starts: list[int] = []
+        first: list[int] = []  # of every place in the sets, its layer's first channel
         start = 0
         for layer, runs in enumerate(layers):
-            self.starts.append(start)
             bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in runs), initial=start)))
             before = len(dense), sum(self.counts)
             for kind in sorted({kind for _, kind in runs if kind is not None}):
@@ -90,12 +115,15 @@ class Selection:
             end = bounds[-1][1]
             self.sizes.append(len(dense) - before[0] + self.width * (sum(self.counts) - before[1]))
             bottom += [start - 1] * (end - start)
+            first += [start] * self.sizes[-1]
             start = end
         # Sets leave `select` in order where the channels do.
         self.ordered = channels == sorted(channels) and not dense
         self.whole = channels == list(range(start))
         self.keep = share(density, len(channels) // self.width) if scope == "model" else None
-        self._tables = tuple(torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds))
+        self._tables = tuple(
+            torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds, first)
+        )
 
     def __call__(self, saliency: Tensor, step: int) -> list[Tensor]:
         """The set of every layer, int64, from the saliency of all layers' channels, one after the other.
@@ -107,7 +135,7 @@ class Selection:
         device = saliency.device
         if self._tables[0].device != device:
             self._tables = tuple(table.to(device) for table in self._tables)
-        channels, dense, bottom, _ = self._tables
+        channels, dense, bottom, _, first = self._tables
         units = saliency if self.whole else saliency[channels]
         if self.width == 2:
             units = units.view(-1, 2).amax(1)
@@ -122,7 +150,7 @@ class Selection:
             rows = torch.where(kept, rows, bottom[rows])
         if not self.ordered or kept is not None:
             rows = torch.cat((rows, dense)).sort().values
-        return [part - start for part, start in zip(rows.split(self.sizes), self.starts, strict=True)]
+        return list((rows - first).split(self.sizes))
 
     def _rank(self, units: Tensor, step: int) -> Tensor:
         """What the strategy chooses the largest of."""

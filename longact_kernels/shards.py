@@ -1,9 +1,14 @@
-"""Weights whose rows are spread over ranks (FSDP2's DTensors): what of a salient set lies here."""
+"""Ranks, and weights whose rows are spread over them (FSDP2's DTensors): what of a salient set lies here."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_sharded(tensor: Tensor) -> bool:

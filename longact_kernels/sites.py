@@ -3,24 +3,50 @@
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+from longact_kernels.functional import observe
+from longact_kernels.modules import SalientChannels
 
 Site = Literal["projection", "norm", "rope"]
 _NAME = "longact"
 
 
-class Record(Protocol):
-    """Takes a query or key and the same values as [B, T, channels]; returns the query or key.
+@dataclass(eq=False)
+class Record:
+    """Records queries or keys into a segment of the statistics; an object, so that a model's copy has its own.
 
-    An object and no closure, so that a model's copy has its own.
+    Attributes:
+        salient: the salient set of their projection.
+        segment: of the statistics of its owner.
+        heads, channels: how many they have.
     """
 
+    salient: SalientChannels
+    segment: int
     heads: int
+    channels: int
 
-    def __call__(self, y: Tensor, channels: Tensor) -> Tensor: ...
+    def __call__(self, y: Tensor, channels: Tensor) -> Tensor:
+        """Takes a query or key and the same values as [B, T, channels]; returns the query or key."""
+        if not (torch.is_grad_enabled() and y.requires_grad):
+            return y
+        owner = self.salient.owner
+        if channels.ndim != 3 or channels.shape[-1] != self.channels:
+            raise ValueError(
+                f"site: {owner.site!r} of {self.salient.name} has {channels.shape[-1]} channels where the projection "
+                f"has {self.channels}; use site='projection'"
+            )
+        stats = owner.stats_on(self.salient, self.segment, y.device)
+        if stats is None:
+            return y
+        mask, cu_seqlens = owner.tokens.of(channels)
+        return observe(y, stats, mask, cu_seqlens, channels if cu_seqlens is None else channels[0])
 
 
 def tap_norm(attention: nn.Module, path: str, records: Mapping[str, Record]) -> list[Callable[[], None]]:

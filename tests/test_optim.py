@@ -60,7 +60,7 @@ class OneLayer:
         self.longact = LongAct(attention)
         self.layer = self.longact.layers["q_proj"]
         self.weight = self.layer.weight
-        self.optimizer = SalientAdamW([self.weight], **HYPER, **options)
+        self.optimizer = SalientAdamW([self.weight], **{**HYPER, **options})
 
     def step(self, grad: torch.Tensor, rows: torch.Tensor) -> None:
         self.layer.salient.rows, self.layer.salient.fixed = rows, True
@@ -124,6 +124,23 @@ def test_compact_state_carries_rows_that_stay_and_forgets_rows_that_leave(dtype)
     assert all(state[name].shape == (6, 6) for name in ("exp_avg", "exp_avg_sq"))
 
 
+def test_compact_bf16_moments_move_over_to_the_next_set():
+    # Halves of bf16 numbers are bf16 numbers: nothing is rounded.
+    case = OneLayer(state="compact", moments=torch.bfloat16, betas=(0.5, 0.5))
+    (grad, old), (_, new) = schedule(2)
+    case.step(grad, old)
+    state = case.optimizer.state[case.weight]
+    before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    case.step(torch.zeros_like(grad), new)
+    stays = torch.isin(new, old)
+    assert 0 < stays.sum() < len(new)
+    for name, value in before.items():
+        expected = torch.zeros_like(value)
+        expected[stays] = value[torch.isin(old, new)] / 2
+        assert state[name].dtype == torch.bfloat16 and torch.equal(state[name], expected), name
+    assert torch.equal(state["step"], 1 + stays.int())
+
+
 def test_compact_keeps_three_tenths_of_the_bytes():
     case = OneLayer(torch.bfloat16, N=1000, K=256, state="compact")
     case.step(*next(schedule(1, 1000, 256, torch.bfloat16)))
@@ -183,19 +200,20 @@ def test_masters_follow_fp32_training_of_the_same_gradients(dtype):
             assert torch.equal(optimizer.state[p]["master"], master) and torch.equal(p, master.to(dtype))
 
 
-@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize(("state", "grad"), [("full", "full"), ("compact", "full"), ("compact", "compact")])
 @pytest.mark.parametrize("statistic", ["absmax", "l2"])
 @pytest.mark.parametrize("stop", [3, 4])  # with refresh_every=2: in the middle of a refresh period, and at its end
-def test_resuming_goes_on_bit_for_bit(state, statistic, stop):
+def test_resuming_goes_on_bit_for_bit(state, grad, statistic, stop):
     def fresh():
-        model, longact = salient_model(statistic=statistic, refresh_every=2, ema=0.5)
+        model, longact = salient_model(statistic=statistic, refresh_every=2, ema=0.5, grad=grad)
         model.to(torch.bfloat16)
         return model, longact, SalientAdamW(model.parameters(), **HYPER, longact=longact, state=state)
 
     def train(run, steps):
         model, _, optimizer = run
         for step in steps:
-            backward(model, tokens(seed=step))
+            for piece in tokens(seed=step).chunk(2):
+                backward(model, piece)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -265,6 +283,15 @@ def test_another_density_is_explained_and_loads_nothing():
     with pytest.raises(ValueError, match=r"saved with 12 salient rows, this LongAct keeps 20"):
         optimizer.load_state_dict(saved)
     assert not optimizer.state and longact.steps == 0
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_counting_bytes_makes_no_state(state):
+    model, longact = salient_model()
+    optimizer = SalientAdamW(model.parameters(), longact=longact, state=state)
+    assert optimizer.salient_state_bytes()[0] == 0
+    assert not optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_another_kind_of_state_is_explained():

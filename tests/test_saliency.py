@@ -197,7 +197,7 @@ def test_freeze_after_keeps_the_set_for_good_and_stops_measuring(selection):
     last = 2 if selection == "lagged" else 1
     assert used[last - 1] != used[last] and all(later == used[last] for later in used[last:])
     assert all(torch.equal(later, saliencies[1]) for later in saliencies[2:])
-    assert not longact._absmax.any()
+    assert not longact._statistics.absmax.buffer.any()
 
 
 def test_ema_averages_the_saliency_of_refreshes():
@@ -377,15 +377,18 @@ def test_bad_arguments_are_named_and_leave_the_model_alone(argument):
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
-def test_moving_the_model_takes_the_statistics_along():
+def test_moving_the_model_takes_the_statistics_and_sets_along():
     model = tiny_model()
     longact = LongAct(model)
-    backward(model, tokens())
-    longact.mask_gradients()
+    for _ in range(2):
+        backward(model, tokens())
+        longact.refresh()
     salient = longact.layers["model.layers.0.self_attn.q_proj"].salient
-    stats = longact.stats_on(salient, salient.segment, torch.device("meta"))
+    stats = longact.stats_on(salient, salient.segments.start, torch.device("meta"))
     assert stats.absmax.device.type == "meta"
-    assert all(layer.salient.rows.device.type == "meta" for layer in longact.layers.values())
+    for layer in longact.layers.values():
+        rows, before, first = layer.salient.rows, layer.salient.before, layer.salient.first
+        assert {rows.device.type, before.device.type, first.device.type} == {"meta"}
 
 
 class Attention(torch.nn.Module):

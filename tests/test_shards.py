@@ -64,3 +64,20 @@ def test_sharded_weights_train_as_one_process_does(options, reload_at, tmp_path)
         assert torch.equal(layer.salient.rows, rows[name]), name
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_compact_gradients_of_sharded_weights_are_refused(by_layer, tmp_path):
+    model = tiny_model()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers if by_layer else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = SalientAdamW(model.parameters(), longact=LongAct(model, grad="compact"))
+        backward(model, tokens())
+        with pytest.raises(ValueError, match=r"^grad: 'compact' keeps gradients of whole weights, got sharded ones"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()

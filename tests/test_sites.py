@@ -151,14 +151,15 @@ def test_a_copy_of_a_model_has_its_own_controller(site):
     assert torch.equal(torch.cat([longact.saliency(name) for name in longact.layers]), before)
 
 
-def test_models_without_such_a_place_are_refused_and_left_alone():
+@pytest.mark.parametrize("grad", ["full", "compact"])
+def test_models_without_such_a_place_are_refused_and_left_alone(grad):
     model = tiny_model("Llama")
     with pytest.raises(ValueError, match=r"^site: 'norm' needs a q_norm or q_layernorm in model\.layers\.0\.self_attn"):
-        LongAct(model, site="norm")
+        LongAct(model, site="norm", grad=grad)
     assert all(type(m) is torch.nn.Linear for n, m in model.named_modules() if n.endswith("q_proj"))
     attention = torch.nn.Module()
     attention.q_proj, attention.k_proj, attention.head_dim = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), 4
     model = torch.nn.Sequential()
     model.add_module("attention", attention)
     with pytest.raises(ValueError, match=r"^site: 'rope' needs attention that takes its function .*; attention, a Mod"):
-        LongAct(model, site="rope")
+        LongAct(model, site="rope", grad=grad)
