@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
+from longact_kernels.rl.callbacks import read_metrics
 from longact_kernels.study.config import read_study
 from longact_kernels.study.jobs import moved
 from longact_kernels.study.recall import PRETRAINING, Recall, generator_of, make_base, sequences
@@ -220,6 +222,23 @@ def test_what_a_study_finds(stopped):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     assert "minus dense" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_killed_study_takes_its_runs_along(base, tmp_path):
+    shutil.copytree(base / "one", tmp_path / "out" / "base" / "seed-1")
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump(STUDY | {"seeds": 1, "curve_every": 0, "options": STUDY["options"] | {"max_steps": 40}})
+    )
+    command = [sys.executable, "-m", "longact_kernels.cli", "study", "study.yaml", "--jobs", "1", "--output", "out"]
+    run = tmp_path / "out" / "runs" / "dense-1"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not read_metrics(run / "metrics.jsonl") and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    # What trains is neither this process's child nor known to it: the checkpoint says that it has ended.
+    while not (kept := list(run.glob("checkpoint-*/trainer_state.json"))):
+        time.sleep(0.05)
+    assert json.loads(kept[0].read_text())["global_step"] < 40
 
 
 def test_results_of_other_options_are_not_taken_over(stopped, capsys):
