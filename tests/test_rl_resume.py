@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.rl import train as driver
+from longact_kernels.rl.arguments import parse
+from longact_kernels.rl.folder import RunFolder
 
 STEPS = 4
 STOPPED_IN = 2
@@ -161,3 +163,22 @@ def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
     assert driver.train(arguments(folder, run, *more, "--resume")) == 0
     assert not (run / f"checkpoint-{STEPS + 1}").exists()
     assert kept == {name: (run / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "more_steps", "message"),
+    [
+        (["--lengths", "420,500"], 2, f"max_steps: got {STEPS + 2}, but the run in"),
+        # These come as far as the model.
+        (["--lengths", "420,500"], 0, "could not load"),
+        (["--length", "420"], 2, "could not load"),
+    ],
+)
+def test_stages_stay_where_they_were(tmp_path, monkeypatch, capsys, lengths, more_steps, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = ["--model", "no-such-user/no-such-model", "--output_dir", str(tmp_path), "--use_cpu", "True", *lengths]
+    RunFolder(str(tmp_path), parse(words)[0]).begin()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"global_step": 1, "max_steps": STEPS}))
+    assert driver.train([*words, "--max_steps", str(STEPS + more_steps), "--resume"]) == driver.BAD_INPUT
+    assert message in capsys.readouterr().err

@@ -67,6 +67,7 @@ class Run:
     def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
         self.arguments, self.training, self.console = arguments, training, console
         self.folder = RunFolder(training.output_dir, arguments)
+        self.folder.check_stages(training.max_steps)
         check_packages(training)
         build_longact(small_model(), arguments, training.seed)
         self.reward = reward_of(arguments)
