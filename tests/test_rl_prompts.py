@@ -124,8 +124,7 @@ def test_a_data_set_that_will_not_do(tmp_path, rows, arguments, message):
         made(config(tmp_path), dataset=path, **arguments)
 
 
-def test_what_is_not_there_is_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_what_is_not_there_is_looked_for_on_the_hub(tmp_path, no_network):
     with pytest.raises(ValueError, match="dataset: 'no-such/rows' is no file here, and no data set that can be had"):
         read_sources(TrainArguments(dataset="no-such/rows"))
 

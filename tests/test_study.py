@@ -150,18 +150,14 @@ def test_moved_counts_weights():
         ({"curve_every": -1}, "curve_every: got -1"),
     ],
 )
-def test_bad_studies_get_one_line(tmp_path, monkeypatch, capsys, change, message):
+def test_bad_studies_get_one_line(tmp_path, monkeypatch, refused, change, message):
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(yaml.safe_dump(STUDY | change))
-    assert main(["study", "study.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("longact study: error: ") and error.count("\n") == 1
-    assert message in error
+    assert message in refused("study", "study.yaml")
 
 
-def test_a_study_that_is_not_there(capsys):
-    assert main(["study", "nowhere.yaml"]) == 2
-    assert "cannot read nowhere.yaml: No such file" in capsys.readouterr().err
+def test_a_study_that_is_not_there(refused):
+    assert "cannot read nowhere.yaml: No such file" in refused("study", "nowhere.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -241,12 +237,11 @@ def test_a_killed_study_takes_its_runs_along(base, tmp_path):
     assert json.loads(kept[0].read_text())["global_step"] < 40
 
 
-def test_results_of_other_options_are_not_taken_over(stopped, capsys):
+def test_results_of_other_options_are_not_taken_over(stopped, refused):
     folder = stopped[0]
     other = folder.parent / "other.yaml"
     other.write_text(yaml.safe_dump(STUDY | {"arms": {"dense": {}, "top": {"density": 0.5}}}))
-    assert main(["study", str(other), "--output", str(folder)]) == 2
-    assert "has a run" in capsys.readouterr().err
+    assert "has a run" in refused("study", other, "--output", folder)
 
 
 @pytest.mark.slow
