@@ -76,6 +76,11 @@ def test_the_report_needs_nothing_but_itself(run):
         (["--length", "20"], "length: 20 tokens are too few"),
         (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
         (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
+        (["--moments", "float16"], "--moments: invalid choice: 'float16'"),
+        (
+            ["--stochastic_rounding", "--model_init_kwargs", '{"dtype": "float32"}'],
+            "stochastic_rounding: got True, but the weights are float32",
+        ),
         (["--optim", "sgd"], "optim: got 'sgd'"),
         (["--num_generations", "3"], "num_generations"),
         (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),

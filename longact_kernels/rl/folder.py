@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, what it remembers for resuming, where its last checkpoint lies."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ class RunFolder:
                 )
             return
         try:
-            held = json.loads((self.path / "run.json").read_text())
+            # A run that began before there was an option had what is its default now.
+            defaults = {option.name: option.default for option in dataclasses.fields(arguments)}
+            held = defaults | json.loads((self.path / "run.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"output_dir: {path} holds no run to resume") from error
         for key, wanted in arguments.what_is_trained().items():
