@@ -17,6 +17,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
@@ -24,6 +25,7 @@ from longact_kernels.rl.callbacks import read_metrics
 from longact_kernels.study.config import read_study
 from longact_kernels.study.jobs import moved
 from longact_kernels.study.recall import PRETRAINING, Recall, generator_of, make_base, sequences
+from longact_kernels.study.report import rows_of
 from longact_kernels.study.statistics import compare, estimate
 
 STUDIES = Path(__file__).parent.parent / "configs" / "study"
@@ -165,6 +167,28 @@ def test_studies_that_come_along(path):
     study = read_study(path)
     assert {"dense", "top", "random"} <= study.arms.keys()
     assert len(study.arms["dense"].seeds) >= 3
+
+
+def test_rows_compare_the_seeds_that_arms_share(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"seeds": 4, "arms": {"dense": {}, "top": {}}}))
+    scores = {"dense": [0.5, 0.6, 0.8], "top": [0.1, 0.3, 0.2, 0.9]}
+    common = {"before": 0.25, "moved": 0.5, "state": 1.0, "seconds_per_step": 1.0}
+    results = [
+        common | {"arm": arm, "seed": seed, "score": score, "after": score + 0.1, "churn": churn}
+        for arm, churn in (("top", 0.5), ("dense", None))
+        for seed, score in enumerate(scores[arm], start=1)
+    ]
+    dense, top = rows_of(read_study(tmp_path / "study.yaml"), results)
+    assert (dense.arm, top.arm) == ("dense", "top") and (dense.churn, top.churn) == (None, 0.5)
+    assert top.score.mean == pytest.approx(0.375) and top.gain.mean == pytest.approx(0.225)
+    assert dense.against.keys() == top.against.keys() == {"dense", "top"}
+    assert dense.against["dense"] is None and top.against["top"] is None
+    for row, sign in ((dense, 1), (top, -1)):
+        found = next(one for one in row.against.values() if one)
+        wanted = stats.ttest_rel(scores["dense"], scores["top"][:3])
+        assert found.difference.count == 3
+        assert found.difference.mean == pytest.approx(sign * 1.3 / 3)
+        assert found.p_t == pytest.approx(wanted.pvalue)
 
 
 @pytest.fixture(scope="module")
