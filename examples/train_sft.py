@@ -20,7 +20,7 @@ longact = LongAct(model, density=0.3)
 trainer = SparseSFTTrainer(
     model=model,
     longact=longact,
-    optimizer_state="compact",  # moments of the salient rows only
+    optimizer_options={"state": "compact"},  # moments of the salient rows only
     # The weights are bf16 already: no autocast.
     args=SFTConfig("trained", max_steps=5, learning_rate=1e-5, bf16=False, logging_steps=1, report_to="none"),
     train_dataset=Dataset.from_dict({"text": [f"After {i} comes {i + 1}." for i in range(64)]}),

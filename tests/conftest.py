@@ -1,4 +1,6 @@
-"""Tiny random models that all tests share."""
+"""What many tests share: tiny random models, a command line that is refused, the lack of a network."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,6 +43,25 @@ def tiny_model(family: str = "Llama", **changes) -> torch.nn.Module:
 def model(request):
     """A tiny model of each architecture: plain, with q/k bias, with q/k norm."""
     return tiny_model(request.param)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs `longact` with words that it has to refuse, and returns the one line that it says."""
+    from longact_kernels.cli import main
+
+    def run(command: str, *words) -> str:
+        assert main([command, *map(str, words)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"longact {command}: error: "), lines
+        return lines[0]
+
+    return run
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from longact_kernels.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 CONFIG = """
 length: 420
 train_prompts: 8
@@ -23,11 +25,6 @@ max_steps: 3
 learning_rate: 1e-3
 use_cpu: true
 """
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +66,6 @@ def test_the_report_needs_nothing_but_itself(run):
     assert "width=device-width" in page
 
 
-def fail(capsys, *words) -> str:
-    """The one line that a command leaves on stderr."""
-    assert main(["train", *map(str, words)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -87,6 +76,11 @@ def fail(capsys, *words) -> str:
         (["--length", "20"], "length: 20 tokens are too few"),
         (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
         (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
+        (["--moments", "float16"], "--moments: invalid choice: 'float16'"),
+        (
+            ["--stochastic_rounding", "--model_init_kwargs", '{"dtype": "float32"}'],
+            "stochastic_rounding: got True, but the weights are float32",
+        ),
         (["--optim", "sgd"], "optim: got 'sgd'"),
         (["--num_generations", "3"], "num_generations"),
         (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),
@@ -95,10 +89,10 @@ def fail(capsys, *words) -> str:
         (["--resume"], "holds no run to resume"),
     ],
 )
-def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, capsys, words, message):
+def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, message):
     monkeypatch.chdir(tmp_path)
     config = [] if words[0] == "--config" else ["--config", place / "tiny.yaml"]
-    assert message in fail(capsys, *config, "--output_dir", "out", *words)
+    assert message in refused("train", *config, "--output_dir", "out", *words)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -110,24 +104,24 @@ def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, capsys, words, me
         ("a: [", "not YAML"),
     ],
 )
-def test_a_bad_config_file_gets_one_line(tmp_path, capsys, text, message):
+def test_a_bad_config_file_gets_one_line(tmp_path, refused, text, message):
     (tmp_path / "bad.yaml").write_text(text)
-    assert message in fail(capsys, "--config", tmp_path / "bad.yaml")
+    assert message in refused("train", "--config", tmp_path / "bad.yaml")
 
 
-def test_a_folder_that_is_no_model(place, tmp_path, capsys):
+def test_a_folder_that_is_no_model(place, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "empty"]
-    assert "holds no model (no config.json in it)" in fail(capsys, *words)
+    assert "holds no model (no config.json in it)" in refused("train", *words)
 
 
-def test_a_model_without_query_and_key_projections(place, tmp_path, capsys):
+def test_a_model_without_query_and_key_projections(place, tmp_path, refused):
     MambaForCausalLM(MambaConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1)).save_pretrained(
         tmp_path / "mamba"
     )
     tiny.tokenizer().save_pretrained(tmp_path / "mamba")
     words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "mamba"]
-    message = fail(capsys, *words)
+    message = refused("train", *words)
     assert "q_proj" in message and "k_proj" in message and "lm_head" in message
 
 
@@ -139,9 +133,9 @@ def test_a_model_without_query_and_key_projections(place, tmp_path, capsys):
         (["--reward", "no_such_module:f"], "reward: cannot import no_such_module"),
     ],
 )
-def test_arguments_are_checked_before_a_model_is_looked_for(tmp_path, capsys, words, message):
+def test_arguments_are_checked_before_a_model_is_looked_for(tmp_path, refused, words, message):
     words = ["--model", "no-such-user/no-such-model", "--output_dir", tmp_path / "out", "--use_cpu", "True", *words]
-    assert message in fail(capsys, *words)
+    assert message in refused("train", *words)
 
 
 def contents(folder: Path) -> dict:
@@ -149,9 +143,9 @@ def contents(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("words", [[], ["--resume", "--density", "0.5"], ["--resume", "--no-longact"]])
-def test_a_folder_with_another_run_is_left_alone(place, run, capsys, words):
+def test_a_folder_with_another_run_is_left_alone(place, run, refused, words):
     held = contents(run)
-    message = fail(capsys, "--config", place / "tiny.yaml", "--output_dir", run, *words)
+    message = refused("train", "--config", place / "tiny.yaml", "--output_dir", run, *words)
     assert ("holds another run" if words else "is not empty") in message
     assert contents(run) == held
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from longact_kernels.analysis.text import Domain, load_domains, sequences
 from longact_kernels.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 DENSITY, LENGTH, BATCHES = 0.4, 32, 3
 COUNT = 3  # of the 8 channels of a head: 0.4 × 8, rounded
 TEXTS = {
@@ -20,11 +22,6 @@ TEXTS = {
     "sums": "".join(f"{a} + {b} = {a + b}; " for a in range(10) for b in range(10)),
 }
 FAST = ["--dtype", "float32", "--length", LENGTH, "--batches", BATCHES, "--density", DENSITY, "--lengths", "16,64,128"]
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -259,30 +256,27 @@ def test_two_texts_of_one_name_go_by_their_paths(tmp_path):
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
     ],
 )
-def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, capsys, words, message):
+def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "note").write_text("mine")
     (tmp_path / "verse.txt").write_text(TEXTS["verse"])
     held = sorted(tmp_path.rglob("*"))
-    assert inspect(place / "model", "--batches", "2", *words) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("longact inspect: error: ") and message in lines[0]
+    assert message in refused("inspect", place / "model", "--batches", "2", *words)
     assert sorted(tmp_path.rglob("*")) == held
 
 
-def test_a_run_that_has_not_finished(tmp_path, capsys):
+def test_a_run_that_has_not_finished(tmp_path, refused):
     (tmp_path / "run.json").write_text("{}")
-    assert inspect(tmp_path) == 2
-    assert "has not finished; go on with it by longact train --resume" in capsys.readouterr().err
+    assert "has not finished; go on with it by longact train --resume" in refused("inspect", tmp_path)
 
 
-def test_nan_names_the_projection(place, tmp_path, capsys):
+def test_nan_names_the_projection(place, tmp_path, refused):
     model = tiny.model()
     model.model.layers[1].self_attn.k_proj.weight.data[3, 2] = torch.nan
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     words = ["--text", place / "verse.txt", *FAST, "--output", tmp_path / "out"]
-    assert inspect(tmp_path / "model", *words) == 2
-    assert "NaN or Inf in the output of model.layers.1.self_attn.k_proj" in capsys.readouterr().err
+    message = refused("inspect", tmp_path / "model", *words)
+    assert "NaN or Inf in the output of model.layers.1.self_attn.k_proj" in message

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import tiny
+import torch
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
-from longact_kernels import LongAct
+from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.integrations.generation import encode_prompts
 from longact_kernels.rl.arguments import TrainArguments, parse
 from longact_kernels.rl.prompts import in_stages, make_prompts, read_sources
@@ -124,8 +125,7 @@ def test_a_data_set_that_will_not_do(tmp_path, rows, arguments, message):
         made(config(tmp_path), dataset=path, **arguments)
 
 
-def test_what_is_not_there_is_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_what_is_not_there_is_looked_for_on_the_hub(tmp_path, no_network):
     with pytest.raises(ValueError, match="dataset: 'no-such/rows' is no file here, and no data set that can be had"):
         read_sources(TrainArguments(dataset="no-such/rows"))
 
@@ -162,6 +162,17 @@ def test_longacts_arguments_are_the_drivers():
     defaults, _ = parse(["--use_cpu", "True"])
     theirs = LongAct(small_model())
     assert all(getattr(theirs, name, value) == value for name, value in defaults.longact_options().items() if value)
+
+
+def test_the_optimizers_arguments_are_the_drivers():
+    for words, options in (
+        ([], ("full", torch.float32, False)),
+        (["--state", "compact", "--moments", "bfloat16", "--stochastic_rounding"], ("compact", torch.bfloat16, True)),
+    ):
+        arguments, _ = parse(["--use_cpu", "True", *words])
+        made = SalientAdamW([torch.nn.Parameter(torch.ones(1))], **arguments.optimizer_options())
+        assert ("compact" if made.compact else "full", made.moments, made.stochastic_rounding) == options
+        assert made.master_weights != made.stochastic_rounding
 
 
 @pytest.mark.parametrize("option", ["ema", "density", "freeze_after", "threshold"])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.rl import train as driver
+from longact_kernels.rl.arguments import parse
+from longact_kernels.rl.folder import RunFolder
 
 STEPS = 4
 STOPPED_IN = 2
@@ -60,13 +62,13 @@ def rewarding(patch, stop_in_step=None):
     patch.setitem(sys.modules, "reward_of_this_test", types.SimpleNamespace(reward=reward))
 
 
-@pytest.fixture(scope="module", params=["lagged compact", "current full", "dense"])
+@pytest.fixture(scope="module", params=["lagged compact", "current full", "16-bit dense"])
 def runs(request, folder, tmp_path_factory):
     """Folders of a run that went through and of one that Ctrl-C stopped, and the second's output until then."""
     more = {
         "lagged compact": ["--state", "compact", "--refresh_every", "3"],
         "current full": ["--selection", "current", "--statistic", "l2"],
-        "dense": ["--no-longact"],
+        "16-bit dense": ["--no-longact", "--moments", "bfloat16", "--stochastic_rounding"],
     }[request.param]
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -105,6 +107,13 @@ def assert_same(a, b, where=""):
 def test_optimizer_and_schedule_are_the_same_bit_for_bit(runs, name):
     whole, stopped = (torch.load(run / f"checkpoint-{STEPS}" / name, weights_only=True) for run in runs)
     assert_same(whole, stopped, name)
+
+
+def test_the_optimizer_keeps_what_was_asked_for(runs):
+    asked = json.loads((runs[0] / "run.json").read_text())
+    states = torch.load(runs[0] / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"].values()
+    assert {state["exp_avg"].dtype for state in states} == {getattr(torch, asked["moments"])}
+    assert all(("master" in state) != asked["stochastic_rounding"] for state in states)
 
 
 def test_the_random_states_are_the_same(runs):
@@ -158,6 +167,35 @@ def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
     held = json.loads((run / "run.json").read_text())
     more = ["--state", held["state"], "--selection", held["selection"], "--statistic", held["statistic"]]
     more += ["--refresh_every", str(held["refresh_every"])] + ([] if held["longact"] else ["--no-longact"])
+    more += ["--moments", held["moments"], "--stochastic_rounding", str(held["stochastic_rounding"])]
     assert driver.train(arguments(folder, run, *more, "--resume")) == 0
     assert not (run / f"checkpoint-{STEPS + 1}").exists()
     assert kept == {name: (run / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "more_steps", "message"),
+    [
+        (["--lengths", "420,500"], 2, f"max_steps: got {STEPS + 2}, but the run in"),
+        # These come as far as the model.
+        (["--lengths", "420,500"], 0, "could not load"),
+        (["--length", "420"], 2, "could not load"),
+    ],
+)
+def test_stages_stay_where_they_were(tmp_path, no_network, refused, lengths, more_steps, message):
+    words = ["--model", "no-such-user/no-such-model", "--output_dir", str(tmp_path), "--use_cpu", "True", *lengths]
+    RunFolder(str(tmp_path), parse(words)[0]).begin()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"global_step": 1, "max_steps": STEPS}))
+    assert message in refused("train", *words, "--max_steps", STEPS + more_steps, "--resume")
+
+
+def test_a_run_from_before_an_option_has_its_default(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "True"]
+    RunFolder(str(tmp_path), parse(words)[0]).begin()
+    held = json.loads((tmp_path / "run.json").read_text())
+    del held["moments"]
+    (tmp_path / "run.json").write_text(json.dumps(held))
+    RunFolder(str(tmp_path), parse([*words, "--resume"])[0])
+    with pytest.raises(ValueError, match="moments 'float32' instead of 'bfloat16'"):
+        RunFolder(str(tmp_path), parse([*words, "--resume", "--moments", "bfloat16"])[0])

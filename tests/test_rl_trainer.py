@@ -45,7 +45,7 @@ def trainer(folder, prompts=("one", "three"), longact=True, **config):
     )
     made = LongActGRPOTrainer(
         longact=LongAct(model) if longact else None,
-        optimizer_state="compact",
+        optimizer_options={"state": "compact"},
         model=model,
         args=args,
         reward_funcs=share_of_letters,

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
+from longact_kernels.rl.callbacks import read_metrics
 from longact_kernels.study.config import read_study
 from longact_kernels.study.jobs import moved
 from longact_kernels.study.recall import PRETRAINING, Recall, generator_of, make_base, sequences
+from longact_kernels.study.report import rows_of
 from longact_kernels.study.statistics import compare, estimate
 
 STUDIES = Path(__file__).parent.parent / "configs" / "study"
@@ -148,18 +152,14 @@ def test_moved_counts_weights():
         ({"curve_every": -1}, "curve_every: got -1"),
     ],
 )
-def test_bad_studies_get_one_line(tmp_path, monkeypatch, capsys, change, message):
+def test_bad_studies_get_one_line(tmp_path, monkeypatch, refused, change, message):
     monkeypatch.chdir(tmp_path)
     Path("study.yaml").write_text(yaml.safe_dump(STUDY | change))
-    assert main(["study", "study.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("longact study: error: ") and error.count("\n") == 1
-    assert message in error
+    assert message in refused("study", "study.yaml")
 
 
-def test_a_study_that_is_not_there(capsys):
-    assert main(["study", "nowhere.yaml"]) == 2
-    assert "cannot read nowhere.yaml: No such file" in capsys.readouterr().err
+def test_a_study_that_is_not_there(refused):
+    assert "cannot read nowhere.yaml: No such file" in refused("study", "nowhere.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -167,6 +167,28 @@ def test_studies_that_come_along(path):
     study = read_study(path)
     assert {"dense", "top", "random"} <= study.arms.keys()
     assert len(study.arms["dense"].seeds) >= 3
+
+
+def test_rows_compare_the_seeds_that_arms_share(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"seeds": 4, "arms": {"dense": {}, "top": {}}}))
+    scores = {"dense": [0.5, 0.6, 0.8], "top": [0.1, 0.3, 0.2, 0.9]}
+    common = {"before": 0.25, "moved": 0.5, "state": 1.0, "seconds_per_step": 1.0}
+    results = [
+        common | {"arm": arm, "seed": seed, "score": score, "after": score + 0.1, "churn": churn}
+        for arm, churn in (("top", 0.5), ("dense", None))
+        for seed, score in enumerate(scores[arm], start=1)
+    ]
+    dense, top = rows_of(read_study(tmp_path / "study.yaml"), results)
+    assert (dense.arm, top.arm) == ("dense", "top") and (dense.churn, top.churn) == (None, 0.5)
+    assert top.score.mean == pytest.approx(0.375) and top.gain.mean == pytest.approx(0.225)
+    assert dense.against.keys() == top.against.keys() == {"dense", "top"}
+    assert dense.against["dense"] is None and top.against["top"] is None
+    for row, sign in ((dense, 1), (top, -1)):
+        found = next(one for one in row.against.values() if one)
+        wanted = stats.ttest_rel(scores["dense"], scores["top"][:3])
+        assert found.difference.count == 3
+        assert found.difference.mean == pytest.approx(sign * 1.3 / 3)
+        assert found.p_t == pytest.approx(wanted.pvalue)
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +244,28 @@ def test_what_a_study_finds(stopped):
     assert "minus dense" in page and "http" not in page.replace("http-equiv", "")
 
 
-def test_results_of_other_options_are_not_taken_over(stopped, capsys):
+def test_a_killed_study_takes_its_runs_along(base, tmp_path):
+    shutil.copytree(base / "one", tmp_path / "out" / "base" / "seed-1")
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump(STUDY | {"seeds": 1, "curve_every": 0, "options": STUDY["options"] | {"max_steps": 40}})
+    )
+    command = [sys.executable, "-m", "longact_kernels.cli", "study", "study.yaml", "--jobs", "1", "--output", "out"]
+    run = tmp_path / "out" / "runs" / "dense-1"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not read_metrics(run / "metrics.jsonl") and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    # What trains is neither this process's child nor known to it: the checkpoint says that it has ended.
+    while not (kept := list(run.glob("checkpoint-*/trainer_state.json"))):
+        time.sleep(0.05)
+    assert json.loads(kept[0].read_text())["global_step"] < 40
+
+
+def test_results_of_other_options_are_not_taken_over(stopped, refused):
     folder = stopped[0]
     other = folder.parent / "other.yaml"
     other.write_text(yaml.safe_dump(STUDY | {"arms": {"dense": {}, "top": {"density": 0.5}}}))
-    assert main(["study", str(other), "--output", str(folder)]) == 2
-    assert "has a run" in capsys.readouterr().err
+    assert "has a run" in refused("study", other, "--output", folder)
 
 
 @pytest.mark.slow

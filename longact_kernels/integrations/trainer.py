@@ -1,12 +1,12 @@
 """LongAct in transformers' `Trainer` and those built on it: by a callback, or by a mixin that also clips right."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.optim import State
 
 
 class LongActCallback(TrainerCallback):
@@ -57,7 +57,7 @@ class LongActTrainerMixin:
 
     Args:
         longact: the controller of the model's salient sets; `None` trains densely with the same optimizer.
-        optimizer_state: `state` of `SalientAdamW`.
+        optimizer_options: further arguments of `SalientAdamW`, such as `state`.
         args, kwargs: of the trainer.
 
     Raises:
@@ -68,9 +68,9 @@ class LongActTrainerMixin:
     optimizer_cls_and_kwargs: Any
     args: TrainingArguments
 
-    def __init__(self, *args, longact: LongAct | None, optimizer_state: State = "full", **kwargs):
+    def __init__(self, *args, longact: LongAct | None, optimizer_options: Mapping[str, Any] = {}, **kwargs):
         self.longact = longact
-        self.optimizer_state = optimizer_state
+        self.optimizer_options = optimizer_options
         super().__init__(*args, **kwargs)
         if longact is not None:
             check(longact, self.args)
@@ -88,8 +88,8 @@ class LongActTrainerMixin:
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
                 "longact": self.longact,
-                "state": self.optimizer_state,
                 "fused": self.args.optim == "adamw_torch_fused",
+                **self.optimizer_options,
             }
             self.optimizer_cls_and_kwargs = SalientAdamW, options
         optimizer = super().create_optimizer(model)  # type: ignore[misc]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
@@ -68,6 +69,13 @@ class TrainArguments(LongActFields):
     longact: bool = field(default=True, metadata={"help": "Update salient rows only; --no-longact trains densely."})
     state: Literal["full", "compact"] = field(
         default="full", metadata={"help": "Optimizer state of all rows of salient weights, or of the current set only."}
+    )
+    moments: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Type of the optimizer's moments; bfloat16 ones round stochastically."}
+    )
+    stochastic_rounding: bool = field(
+        default=False,
+        metadata={"help": "Round 16-bit weights up or down, with odds that make the mean exact; no fp32 masters."},
     )
     algorithm: Algorithm = field(default="dapo", metadata={"help": "Whose settings the run starts from; see below."})
     dynamic_sampling_rounds: int = field(
@@ -154,6 +162,15 @@ class TrainArguments(LongActFields):
     def longact_options(self) -> dict[str, Any]:
         """The arguments for `LongAct`."""
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(LongActFields)}
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """The arguments for `SalientAdamW` that are not the trainer's."""
+        return {
+            "state": self.state,
+            "moments": getattr(torch, self.moments),
+            "stochastic_rounding": self.stochastic_rounding,
+            "master_weights": not self.stochastic_rounding,
+        }
 
     def what_is_trained(self) -> dict:
         """The fields that a run may not change when it is resumed."""

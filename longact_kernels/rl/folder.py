@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, what it remembers for resuming, where its last checkpoint lies."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ class RunFolder:
                 )
             return
         try:
-            held = json.loads((self.path / "run.json").read_text())
+            # A run that began before there was an option had what is its default now.
+            defaults = {option.name: option.default for option in dataclasses.fields(arguments)}
+            held = defaults | json.loads((self.path / "run.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"output_dir: {path} holds no run to resume") from error
         for key, wanted in arguments.what_is_trained().items():
@@ -66,8 +69,26 @@ class RunFolder:
         """Whether the last checkpoint is that of the run's last step; `max_steps` as in `GRPOConfig`."""
         if self.checkpoint is None:
             return False
-        state = json.loads((self.checkpoint / "trainer_state.json").read_text())
+        state = self.trainer_state(self.checkpoint)
         return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+
+    def check_stages(self, max_steps: int) -> None:
+        """Whether the stages of `lengths` lie where they did when the run began.
+
+        Raises:
+            ValueError: they do not; the order of the prompts would be another one.
+        """
+        if self.checkpoint is None or len(self.arguments.stages()) == 1:
+            return
+        if max_steps != (planned := self.trainer_state(self.checkpoint)["max_steps"]):
+            raise ValueError(
+                f"max_steps: got {max_steps}, but the run in {self.path} shares {planned} steps out among its lengths "
+                f"{self.arguments.lengths}; resume with max_steps {planned}, or name another output_dir"
+            )
+
+    @staticmethod
+    def trainer_state(checkpoint: Path) -> dict:
+        return json.loads((checkpoint / "trainer_state.json").read_text())
 
     def evaluation(self, when: str, compute: Callable[[], Evaluation]) -> Evaluation:
         """The evaluation of that name, computed and kept if an earlier part of the run did not do so."""

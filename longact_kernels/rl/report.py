@@ -31,16 +31,19 @@ STYLE = """
   :root { --ink: #d7dce2; --dim: #98a2ad; --paper: #16191d; --line: #343a41; --good: #58c492 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 60rem; padding: 1rem }
-h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 .dim { color: var(--dim) }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
 .card b { display: block; font-size: 1.15rem } .card span { color: var(--dim); font-size: .85rem }
-img { max-width: 100%; height: auto } .saliency img { max-width: none; width: max(100%, 48rem) }
-.wide { overflow-x: auto }
+/* Pictures of many panels are wider than a phone: their letters would be too small else. */
+img { max-width: 100%; height: auto } .saliency img { min-width: 48rem } .scores img, .curves img { min-width: 36rem }
+.wide { overflow-x: auto; margin-bottom: 1rem }
 table { border-collapse: collapse; font-size: .9rem }
 td, th { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td:last-child { overflow-wrap: anywhere }
+.numbers td, .numbers th { white-space: nowrap; font-variant-numeric: tabular-nums }
+.numbers :is(td, th):first-child { position: sticky; left: 0; background: var(--paper) }
 .right { color: var(--good) }
 """
 
@@ -169,13 +172,17 @@ def write_report(
     dark = dict(draw(DARK, metrics, saliency, before, after))
     for name, image in light.items():
         (folder / f"{name}.png").write_bytes(image)
-    figures = "".join(
-        f"<h2>{TITLES[name]}</h2><div class='wide {name}'><picture>"
-        f"<source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark[name])}'>"
-        f"<img alt='{TITLES[name]}' src='{data_uri(light[name])}'></picture></div>"
-        for name in light
-    )
+    figures = "".join(picture(name, TITLES[name], light[name], dark[name]) for name in light)
     (folder / "report.html").write_text(page(summary, figures, rows, before, after))
+
+
+def picture(name: str, title: str, light: bytes, dark: bytes) -> str:
+    """A picture under its title, in the colours that the reader's screen has."""
+    return (
+        f"<h2>{title}</h2><div class='wide {name}'><picture>"
+        f"<source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark)}'>"
+        f"<img alt='{title}' src='{data_uri(light)}'></picture></div>"
+    )
 
 
 def data_uri(image: bytes) -> str:
@@ -227,8 +234,8 @@ def pairs(values: dict) -> list[list[str]]:
     return [[escape(key), escape(str(value))] for key, value in values.items()]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """An HTML table; the cells are HTML already."""
+def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:
+    """An HTML table; the cells are HTML already. Those of kind `numbers` are not broken into lines."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+    return f"<div class='wide {kind}'><table><tr>{head}</tr>{body}</table></div>"

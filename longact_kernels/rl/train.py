@@ -67,6 +67,7 @@ class Run:
     def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
         self.arguments, self.training, self.console = arguments, training, console
         self.folder = RunFolder(training.output_dir, arguments)
+        self.folder.check_stages(training.max_steps)
         check_packages(training)
         build_longact(small_model(), arguments, training.seed)
         self.reward = reward_of(arguments)
@@ -81,6 +82,11 @@ class Run:
                 trust_remote_code=training.trust_remote_code,
                 **(training.model_init_kwargs or {}),
             )
+            if arguments.stochastic_rounding and self.model.dtype == torch.float32:
+                raise ValueError(
+                    "stochastic_rounding: got True, but the weights are float32, which lose nothing to rounding; leave "
+                    "it out, or name a 16-bit dtype in model_init_kwargs"
+                )
             self.longact = build_longact(self.model, arguments, training.seed)
         with progress_bar(console) as bar:
             advance = partial(bar.advance, bar.add_task("prompts", total=prompts, note=arguments.subject))
@@ -89,7 +95,7 @@ class Run:
         overlong = [get_soft_overlong_punishment(training.max_completion_length, punishment)] if punishment else []
         self.trainer = LongActGRPOTrainer(
             longact=self.longact,
-            optimizer_state=arguments.state,
+            optimizer_options=arguments.optimizer_options(),
             dynamic_sampling_rounds=arguments.dynamic_sampling_rounds,
             model=self.model,
             args=training,

@@ -53,7 +53,7 @@ def scores(study: Study, results: list[dict]) -> Figure:
 def dots(axes, place: int, values: list[float], colour: str) -> None:
     """Values on a line, and their mean with its 95% confidence interval."""
     spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.plot(values, place + spread, "o", ms=3.5, color=colour, alpha=0.4, mew=0)
+    axes.plot(values, place + spread, "o", ms=3.5, color=colour, alpha=0.6, mew=0)
     middle = estimate(values)
     axes.errorbar(
         middle.mean, place, xerr=np.nan_to_num(middle.half_width), fmt="D", ms=5, capsize=4, lw=2, color=colour

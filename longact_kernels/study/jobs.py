@@ -1,9 +1,12 @@
 """What a study consists of: pretraining a model, and training one. Each job is a process of its own."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +250,14 @@ def jobs_of(study: Study, folder: StudyFolder) -> tuple[list[Pretraining], list[
     return bases, runs
 
 
+def end_with_the_study() -> None:
+    """Where the study was killed and could not tell its processes, they hear of it here, and keep a checkpoint."""
+    study = multiprocessing.parent_process()
+    if study is not None:
+        study.join()
+        os.killpg(0, signal.SIGINT)
+
+
 def work(job: Pretraining | Training, threads: int) -> None:
     """Does a job: the target of its process."""
     # Ctrl-C reaches the study alone, which tells its processes.
@@ -257,6 +268,7 @@ def work(job: Pretraining | Training, threads: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(threads)
+    threading.Thread(target=end_with_the_study, daemon=True).start()
     try:
         status = job()
     except KeyboardInterrupt:

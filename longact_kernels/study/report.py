@@ -2,7 +2,6 @@
 
 import csv
 import math
-import platform
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from longact_kernels.evaluation.results import write_json, write_whole
 from longact_kernels.rl.figures import DARK, LIGHT, png
-from longact_kernels.rl.report import STYLE, data_uri, installed, pairs, table
+from longact_kernels.rl.report import STYLE, pairs, picture, table
 from longact_kernels.study.config import DENSE, Study
 from longact_kernels.study.figures import curves, scores
 from longact_kernels.study.statistics import Comparison, Estimate, compare, estimate
@@ -82,7 +81,7 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     """Writes `runs.csv`, `study.json`, `tables.md`, `scores.png`, `curves.png`, `report.html`; shows the tables."""
     rows = rows_of(study, results)
     write_csv(folder / "runs.csv", results)
-    about = {**installed(), "python": platform.python_version(), "platform": platform.platform()}
+    about = versions(results)
     write_json(folder / "study.json", {"arms": [as_dict(row) for row in rows], "versions": about})
     images: dict[str, list[bytes]] = {}
     for style in (LIGHT, DARK):
@@ -99,6 +98,12 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     console.print(shown("Differences over the same seeds", [comparisons(row) for row in rows]))
     for name in ("runs.csv", "scores.png", "curves.png", "report.html"):
         console.print(folder / name, soft_wrap=True, markup=False)
+
+
+def versions(results: list[dict]) -> dict[str, str]:
+    """What the runs ran on; all there is, where they differ."""
+    names = dict.fromkeys(name for one in results for name in one["versions"])
+    return {name: ", ".join(dict.fromkeys(one["versions"].get(name, "-") for one in results)) for name in names}
 
 
 def write_csv(path: Path, results: list[dict]) -> None:
@@ -167,7 +172,7 @@ def as_markdown(lines: list[dict[str, str]]) -> str:
 
 
 def as_html(lines: list[dict[str, str]]) -> str:
-    return table(list(lines[0]), [[escape(cell) for cell in line.values()] for line in lines])
+    return table(list(lines[0]), [[escape(cell) for cell in line.values()] for line in lines], "numbers")
 
 
 def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: dict) -> str:
@@ -176,16 +181,13 @@ def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: d
         "scores": "Final score by arm: runs, mean, 95% confidence interval",
         "curves": "Held-out accuracy gained while training: means, 95% confidence bands",
     }
-    figures = "".join(
-        f"<h2>{titles[name]}</h2><picture><source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark)}'>"
-        f"<img alt='{titles[name]}' src='{data_uri(light)}'></picture>"
-        for name, (light, dark) in images.items()
-    )
+    figures = "".join(picture(name, titles[name], *both) for name, both in images.items())
     arms = {
-        name: ", ".join(f"{key} {value}" for key, value in {**arm.options, "frozen": arm.frozen}.items())
+        name: ", ".join([f"{key} {value}" for key, value in arm.options.items()] + ["frozen"] * arm.frozen) or "-"
         for name, arm in study.arms.items()
     }
-    options = {**study.options, **(vars(study.base) if study.setting == "recall" else {}), **(study.evaluate or {})}
+    parts = {"base": vars(study.base) if study.setting == "recall" else {}, "evaluate": study.evaluate or {}}
+    options = study.options | {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
