@@ -79,13 +79,13 @@ def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None
 
 
 def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) -> Tensor:
-    """As `_native`, in ATen operations on blocks that fit the cache."""
+    """As `_native`, in ATen operations on blocks that fit the cache; largest bits by place in a block."""
     integer, sign = (torch.int16, 0x7FFF) if y.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
     keep = None if kept is None else torch.where(kept, sign, 0).to(integer).unsqueeze(1)
     words = y.view(integer)
     longest = int((chunks[1] - chunks[0]).max())
     block = torch.empty(longest, y.shape[1], dtype=integer)
-    peaks = []
+    peaks = torch.zeros_like(block)
     if total is not None:
         squares = torch.zeros(longest, y.shape[1])
         values = torch.empty_like(squares)
@@ -93,13 +93,14 @@ def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) 
     for i, (first, end, sequence) in enumerate(table):
         bits = block[: end - first]
         torch.bitwise_and(words[first:end], sign if keep is None else keep[first:end], out=bits)
-        peaks.append(bits.amax(0))
+        # Element by element, and once for many blocks over the tokens: that reduction is ATen's slow one.
+        peak = peaks[: end - first]
+        torch.maximum(peak, bits, out=peak)
         if total is not None:
-            # Element by element, and once for many blocks over the tokens: that reduction is ATen's slow one.
             value = bits.view(y.dtype)
             value = value if y.dtype == torch.float32 else values[: end - first].copy_(value)
             squares[: end - first].addcmul_(value, value)
             if i + 1 == len(table) or table[i + 1][2] != sequence or (i + 1) % _RUN == 0:
                 total[sequence] += squares.sum(0)
                 squares.zero_()
-    return torch.stack(peaks)
+    return peaks

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.cpu import native
+from longact_kernels.cpu.rows import copy_rows_
 
 # Tokens that the ATen form packs at a time: their salient channels are taken while they are in the cache.
 _CHUNK = 256
@@ -49,7 +50,7 @@ def salient_wgrad(
     elif accumulate:
         target.index_add_(0, rows, dw)
     else:
-        target.index_copy_(0, rows, dw)
+        copy_rows_(target, rows, dw)
     return out
 
 

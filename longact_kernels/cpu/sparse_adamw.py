@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.cpu import native
+from longact_kernels.cpu.rows import copy_rows_
 from longact_kernels.reference.sparse_adamw import AdamWCall, hash32, moment_key, random_key, stochastic_round
 
 # Elements of one task: large beside the cost of handing it out, small beside a core's share of the work.
@@ -147,20 +148,13 @@ class _Block(NamedTuple):
         if compact:
             tensor[self.of_compact] = value
         elif self.dim == 0:
-            wide = _widest(tensor)
-            tensor.view(wide).index_put_((self.channels,), value.to(tensor.dtype).view(wide))
+            copy_rows_(tensor, self.channels, value.to(tensor.dtype))
         else:
             tensor[self.of_whole].index_copy_(1, self.channels, value.to(tensor.dtype))
 
 
 def _float(tensor: Tensor, out: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else out.copy_(tensor)
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    """The widest dtype that rows can be copied in: `index_put_` copies element by element."""
-    sizes = (tensor.data_ptr(), *(count * tensor.itemsize for count in (tensor.shape[1], tensor.stride(0))))
-    return torch.complex128 if not any(size % 16 for size in sizes) and tensor.stride(1) == 1 else tensor.dtype
 
 
 def _blocks(weight: Tensor, index: Tensor, dim: int) -> Iterator[_Block]:
