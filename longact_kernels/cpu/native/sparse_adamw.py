@@ -47,7 +47,6 @@ _LINE = 16
 # int64 words of one weight in `sizes`.
 _WORDS = 9
 
-
 _prefetch_line = prefetch_of(64)
 _prefetch_half = prefetch_of(2 * _STEP)
 _prefetch_single = prefetch_of(4 * _STEP)
