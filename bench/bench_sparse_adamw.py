@@ -7,7 +7,7 @@ import torch
 
 from bench.race import DEVICE, ours, update
 from longact_kernels import ops
-from longact_kernels.cpu.sparse_adamw import _blocks
+from longact_kernels.cpu.sparse_adamw import blocks
 from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
@@ -117,7 +117,7 @@ class Problem:
             for weight, grad, exp_avg, exp_avg_sq, rows in zip(
                 self.weights, self.grads, self.exp_avgs, self.exp_avg_sqs, self.rows, strict=True
             ):
-                for block in _blocks(weight, rows, dim):
+                for block in blocks(weight, rows, dim):
                     buffers = [numbers[: block.shape.numel()].view(block.shape) for numbers in scratch]
                     for tensor, buffer in zip((weight, exp_avg, exp_avg_sq, grad), buffers, strict=True):
                         block.take(tensor, False, buffer)

@@ -97,7 +97,7 @@ def _aten(call: AdamWCall) -> None:
         step_size = (lr / (1 - call.beta1 ** tau.double())).float()
         correction = (1 - call.beta2 ** tau.double()).sqrt().float()
         key = None if call.seed is None else random_key(call.seed, i, index.unsqueeze(1 - along), tau)
-        for block in _blocks(weight, index, along):
+        for block in blocks(weight, index, along):
             G, M, V, W = (numbers[: block.shape.numel()].view(block.shape) for numbers in scratch)
             g = block.take(grad, compact_grad, G)
             g = g if call.grad_scale is None else torch.div(g, call.grad_scale, out=G)
@@ -123,7 +123,7 @@ def _aten(call: AdamWCall) -> None:
             block.put(weight, False, w)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Some of a weight's salient elements, side by side: `channels` along `dim` in the rows `of_whole` of a tensor of
     its shape; in a compact tensor, the rows `of_compact`. `slots` are the channels' places in the set, `places` the
     elements' places in a channel."""
@@ -157,17 +157,17 @@ def _float(tensor: Tensor, out: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else out.copy_(tensor)
 
 
-def _blocks(weight: Tensor, index: Tensor, dim: int) -> Iterator[_Block]:
+def blocks(weight: Tensor, index: Tensor, dim: int) -> Iterator[Block]:
     N, K = weight.shape
     if dim == 0:
         places, size = torch.arange(K), max(1, _BLOCK // K)
         for first in range(0, len(index), size):
             own = slice(first, first + size)
             channels = index[own]
-            yield _Block(torch.Size((len(channels), K)), 0, channels, slice(None), own, own, places)
+            yield Block(torch.Size((len(channels), K)), 0, channels, slice(None), own, own, places)
     else:
         places, size = torch.arange(N).unsqueeze(1), max(1, _BLOCK // len(index))
         for first in range(0, N, size):
             own = slice(first, min(first + size, N))
             shape = torch.Size((own.stop - first, len(index)))
-            yield _Block(shape, 1, index, own, own, slice(None), places[own])
+            yield Block(shape, 1, index, own, own, slice(None), places[own])
