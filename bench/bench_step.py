@@ -88,7 +88,7 @@ def test_smollm2(race):
         peer="dense, AdamW(fused=True)",
         check=check,
         bars={"ours": 1.00, "ours, no numba": 1.02},
-        rounds=(3, 20),
+        rounds=(5, 20),
         budget=60.0,
     )
 
