@@ -93,10 +93,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' warnings and dumps off the screen; what matters to a user, the driver says itself."""
+    """Keeps other libraries' warnings and dumps off the screen, and shows our own without the line that gave them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message="longact_kernels: |SalientAdamW: ")
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 

@@ -158,3 +158,15 @@ def test_help_needs_no_trainer():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "train" in shown
+
+
+def test_of_all_warnings_it_shows_our_own():
+    code = """
+import warnings
+from longact_kernels.cli import quiet_libraries
+quiet_libraries()
+warnings.warn("transformers: all is deprecated")
+warnings.warn("longact_kernels: numba is missing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "longact_kernels: numba is missing\n"

@@ -89,6 +89,18 @@ def test_without_a_place_for_machine_code_it_compiles_each_time():
     assert done.returncode == 0, done.stderr
 
 
+def test_where_numba_is_missing_it_says_once_what_to_install():
+    done = run("""
+        import sys, warnings
+        sys.modules["numba"] = None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert right() and right()
+        assert ["pip install 'longact_kernels[cpu]'" in str(one.message) for one in said] == [True]
+    """)
+    assert done.returncode == 0, done.stderr
+
+
 def test_numba_switched_off_leaves_aten():
     done = run("assert not native.available() and right()", NUMBA_DISABLE_JIT="1")
     assert done.returncode == 0, done.stderr

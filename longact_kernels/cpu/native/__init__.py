@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,10 +29,15 @@ os.register_at_fork(after_in_child=_note_fork)
 
 @functools.cache
 def available() -> bool:
-    """Whether numba is installed, fits the installed numpy, and is allowed to compile."""
+    """Whether numba is installed, fits the installed numpy, and is allowed to compile; warns, once, where it is not."""
     try:
         import numba
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"longact_kernels: without numba ({error}) work on a CPU takes up to several times as long; "
+            "pip install 'longact_kernels[cpu]'",
+            stacklevel=2,
+        )
         return False
     return not numba.config.DISABLE_JIT
 
