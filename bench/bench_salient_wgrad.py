@@ -48,7 +48,6 @@ def test_salient_rows(race, dtype):
         check=check,
         roof=lambda: packed @ x,
         bars=dict.fromkeys(("ours", "ours, no numba"), BARS[dtype]),
-        budget=5.0,
     )
 
 

@@ -145,7 +145,6 @@ def test_one_projection(race):
         contenders,
         peer="dense, AdamW(fused=True)",
         check=check,
-        budget=5.0,
     )
 
 

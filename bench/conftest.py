@@ -47,7 +47,7 @@ def race(benchmark, full):
         curve: (picture, name of the x axis, x) where the race is a point of a picture.
     """
 
-    def run(work, variant, contenders, *, peer, check, roof=None, bars=None, curve=None, rounds=(5, 40), budget=3.0):
+    def run(work, variant, contenders, *, peer, check, roof=None, bars=None, curve=None, rounds=(5, 40), budget=5.0):
         check()
         if any(name.startswith(FALLBACK) for name in contenders):
             with numba_switched_off():

@@ -89,6 +89,7 @@ class SalientLayer(nn.Module):
         if not (self.training and torch.is_grad_enabled() and weight.requires_grad):
             return salient.plain.forward(self, x)
         owner = salient.owner
+        owner.share_weights()
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look inside an autograd.Function: cast as it casts for F.linear.
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -139,7 +139,7 @@ class LongAct:
         self._saliency: Tensor | None = None
         self.accumulators: Flat | None = None  # compact gradients, by layer
         self._reduced = False
-        self._alike = False  # whether all ranks have the same salient weights
+        self._shared = False
         self._undo: list[Any] = []
         try:
             self._swap(projections, runs)
@@ -205,6 +205,15 @@ class LongAct:
 
     # What the layers ask for in their forward
 
+    def share_weights(self) -> None:
+        """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
+        if self.grad == "full" or self._shared or not is_distributed():
+            return
+        self._shared = True
+        for layer in self.layers.values():
+            if not is_sharded(layer.weight):
+                torch.distributed.broadcast(layer.weight.data, 0)
+
     def stats_on(self, salient: SalientChannels, segment: int, device: torch.device) -> RunningStats | None:
         """A part of the statistics, on the device of the activations: a model may be moved after its swap.
 
@@ -229,12 +238,6 @@ class LongAct:
 
     def _take(self, tokens: Tokens) -> None:
         self.tokens = tokens
-        if self.grad == "compact" and not self._alike and is_distributed():
-            # DistributedDataParallel leaves out what it was told to ignore.
-            for layer in self.layers.values():
-                if not is_sharded(layer.weight):
-                    torch.distributed.broadcast(layer.weight.data, 0)
-        self._alike = True
 
     def _salient(self) -> Iterator[SalientChannels]:
         return (layer.salient for layer in self.layers.values())

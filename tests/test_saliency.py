@@ -413,22 +413,41 @@ def attention_sets(statistic: str, rank: int | None = None) -> tuple[dict[str, l
     return sets(longact), torch.cat([longact.saliency(name) for name in longact.layers])
 
 
-def _rank(rank, file, results):
+def weight_in_forward(rank: int) -> torch.Tensor:
+    """A salient weight that DistributedDataParallel ignores, and that the ranks began with different values of."""
+    model = Attention()
+    model.q_proj.weight.data.fill_(rank)
+    LongAct(model, grad="compact")
+    torch.nn.parallel.DistributedDataParallel(model)(torch.ones(8, 5, 6))
+    return model.q_proj.weight.detach()
+
+
+def _rank(rank, file, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    results[rank] = {statistic: attention_sets(statistic, rank) for statistic in ("absmax", "l2")}
+    results = {statistic: attention_sets(statistic, rank) for statistic in ("absmax", "l2")}
+    torch.save({**results, "weight": weight_in_forward(rank)}, folder / str(rank))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_choose_the_set_of_the_whole_batch(tmp_path):
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_rank, (tmp_path / "rendezvous", results), nprocs=2)
-        for statistic in ("absmax", "l2"):
-            chosen, saliency = attention_sets(statistic)
-            for rank in (0, 1):
-                assert results[rank][statistic][0] == chosen
-                torch.testing.assert_close(results[rank][statistic][1], saliency, rtol=1e-6, atol=0)
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (folder / "rendezvous", folder), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("statistic", ["absmax", "l2"])
+def test_ranks_choose_the_set_of_the_whole_batch(of_ranks, statistic):
+    chosen, saliency = attention_sets(statistic)
+    for rank in (0, 1):
+        assert of_ranks[rank][statistic][0] == chosen
+        torch.testing.assert_close(of_ranks[rank][statistic][1], saliency, rtol=1e-6, atol=0)
+
+
+def test_ranks_begin_with_the_weights_of_the_first(of_ranks):
+    for rank in (0, 1):
+        assert (of_ranks[rank]["weight"] == 0).all()
 
 
 @pytest.mark.parametrize("options", [{"scope": "model"}, {"strategy": "threshold", "density": 0.6}])
