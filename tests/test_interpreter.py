@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 MODULES = [
     "test_channel_stats.py",
+    "test_dispatch.py",
     "test_linear_stats.py",
     "test_refresh.py",
     "test_salient_wgrad.py",

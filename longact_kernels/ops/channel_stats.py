@@ -96,11 +96,10 @@ def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool)
     config = PARTIAL["aligned" if is_aligned else "unaligned"]
     partial_absmax = y.new_empty((pieces, N), dtype=torch.int32)
     partial_sumsq = y.new_empty((pieces, N), dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        channel_stats_partial[(pieces, -(-N // config["BLOCK_N"]))](
-            y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **config
-        )
-        channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
-            partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, N, chunks, **MERGE
-        )
+    channel_stats_partial[(pieces, -(-N // config["BLOCK_N"]))](
+        y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **config
+    )
+    channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
+        partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, N, chunks, **MERGE
+    )
     return absmax.view(torch.float32), sumsq

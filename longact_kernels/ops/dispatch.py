@@ -6,7 +6,9 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -42,11 +44,17 @@ def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callabl
         reference: the definition in plain PyTorch.
     """
     if runs_triton(tensor):
-        return kernel
+        return functools.partial(launch, tensor, kernel)
     if tensor.is_cpu:
         return _cpu(op) or reference
     warn_reference(op, tensor.device.type)
     return reference
+
+
+def launch(tensor: Tensor, kernel: Callable, *args) -> Any:
+    """Calls a launcher with a tensor's device as the current one: Triton launches there, wherever its arguments lie."""
+    with torch.cuda.device_of(tensor):
+        return kernel(*args)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from torch import Tensor
 from longact_kernels.ops import impl_table
 from longact_kernels.ops.channel_stats import run as channel_stats
 from longact_kernels.ops.device import matmul_precision, target
-from longact_kernels.ops.dispatch import runs_triton
+from longact_kernels.ops.dispatch import launch, runs_triton
 
 # The smallest magnitude that rounds to infinity.
 _OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}
@@ -82,7 +82,7 @@ def _linear_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if (_choose(x, weight, cu_seqlens) if impl == "auto" else impl) == "fused":
-        return _fused(x, weight, bias, mask, cu_seqlens, l2)
+        return launch(x, _fused, x, weight, bias, mask, cu_seqlens, l2)
     y = torch.nn.functional.linear(x, weight, bias)
     return y, *channel_stats(y, mask, cu_seqlens, l2)
 

@@ -207,14 +207,13 @@ def _kernel(call: AdamWCall) -> None:
     table, weight_of = _table(tuple(lines), config["BLOCK_C"], device)
     scalars = (None if s is None else s.to(device, torch.float32) for s in (call.lr, call.grad_scale, call.found_inf))
     types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    with torch.cuda.device_of(table):
-        sparse_adamw[(programs,)](
-            table, weight_of, *scalars, _log(call.beta1), _log(call.beta2), 1 - call.beta1, call.beta2, 1 - call.beta2,
-            call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
-            0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
-            WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[moment], HAS_MASTER=bool(call.masters),
-            COLUMNS=columns, ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
-        )  # fmt: skip
+    sparse_adamw[(programs,)](
+        table, weight_of, *scalars, _log(call.beta1), _log(call.beta2), 1 - call.beta1, call.beta2, 1 - call.beta2,
+        call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
+        0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
+        WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[moment], HAS_MASTER=bool(call.masters),
+        COLUMNS=columns, ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
