@@ -70,7 +70,8 @@ class LongAct:
         layers: the layers with a salient set, by module name.
 
     Raises:
-        ValueError: for an argument out of range, or a model without such projections; the model is left alone then.
+        ValueError: for an argument out of range, or a model without such projections or with them on several devices;
+            the model is left alone then.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class LongAct:
         self.layers: dict[str, SalientLayer] = {}
 
         projections = find_projections(model, target_modules)
+        _check_devices(projections)
         runs = [runs_of(projection, axis) for projection in projections]
         partners = [partners_of(projection, model) for projection in projections] if pair_rope else None
         self._select = Selection(runs, density, self.scope, self.strategy, threshold, seed, partners)
@@ -544,6 +546,16 @@ def _one_of(argument: str, value: Any, choices: object) -> Any:
     if value not in get_args(choices):
         raise ValueError(f"{argument}: got {value!r}, needed one of {', '.join(map(repr, get_args(choices)))}")
     return value
+
+
+def _check_devices(projections: list[Projection]) -> None:
+    """One device has the statistics of all layers; what accelerate moves about would not even reach our forward."""
+    remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
+    if len(devices := {str(one.module.get_parameter("weight").device) for one in projections}) > 1:
+        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
+    for one in projections:
+        if "forward" in vars(one.module):
+            raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
 
 
 def _jaccard(one: Tensor, other: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import tiny_model
 
 from longact_kernels import LongAct
@@ -135,6 +136,17 @@ def test_adapters_are_refused_with_what_to_do():
     elsewhere = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
     with pytest.raises(ValueError, match=r"none of the 4 query and key projections requires a gradient \(the first is"):
         LongAct(elsewhere)
+
+
+def test_layers_spread_over_devices_are_refused_with_what_to_do():
+    spread = tiny_model()
+    spread.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="projections lie on cpu and meta; load the model on one device"):
+        LongAct(spread)
+    offloaded = tiny_model()
+    add_hook_to_module(offloaded.model.layers[1].self_attn.k_proj, AlignDevicesHook("cpu"))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.k_proj has a forward of its own .* without device_map"):
+        LongAct(offloaded)
 
 
 def test_quantised_weights_are_refused():
