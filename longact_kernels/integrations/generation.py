@@ -30,7 +30,8 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], config: Generatio
     """Generates one completion for each prompt, reading equal prompts once.
 
     The same tokens as `model.generate` on the left-padded batch. A group of G completions shares its prompt, so this
-    reads 1/G of what that call reads: with long prompts, most of the time of a rollout.
+    reads 1/G of what that call reads: with long prompts, most of the time of a rollout. Processes that share a sharded
+    model go on together until the last of them has finished, and so call this equally often.
 
     Args:
         model: leaves its training flag as it is; set `eval()` before where dropout matters.

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -143,6 +144,8 @@ class GracefulInterrupt(TrainerCallback):
         self.in_step = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        # All processes stop after the same step.
+        self.asked = any(gather_object([self.asked]))
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,10 +95,14 @@ class RunFolder:
     def evaluation(self, when: str, compute: Callable[[], Evaluation]) -> Evaluation:
         """The evaluation of that name, computed and kept if an earlier part of the run did not do so."""
         path = self.path / f"accuracy_{when}.json"
-        if not path.is_file():
-            result = compute()
+        # Of several processes, the first one's word counts: it may have written while others come to look.
+        [kept] = broadcast_object_list([json.loads(path.read_text()) if path.is_file() else None])
+        if kept is not None:
+            return Evaluation(**kept)
+        result = compute()
+        if PartialState().is_main_process:
             path.write_text(json.dumps({"rewards": result.rewards, "completions": result.completions}))
-        return Evaluation(**json.loads(path.read_text()))
+        return result
 
     def saliency(self, longact: LongAct) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer, the saliency that the set was last chosen from, and the set; kept for a run resumed at its end."""
@@ -107,7 +113,7 @@ class RunFolder:
             if saliency is not None and salient is not None and salient.rows is not None:
                 found[f"{name}.saliency"] = saliency.cpu().contiguous()
                 found[f"{name}.rows"] = salient.rows.cpu()
-        if found:
+        if found and PartialState().is_main_process:
             save_file(found, path)
         kept = load_file(path) if path.is_file() else {}
         names = [key.removesuffix(".saliency") for key in kept if key.endswith(".saliency")]

@@ -1,14 +1,23 @@
 """`longact train`: checks everything, then evaluates, trains, evaluates again and writes the report."""
 
+import os
 import shlex
 import sys
 from functools import partial
 from importlib.util import find_spec
 
 import torch
+from accelerate.utils import gather_object
 from datasets import disable_progress_bars
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import GRPOConfig
 from trl.rewards import get_soft_overlong_punishment
@@ -32,16 +41,17 @@ INTERRUPTED = 130
 def train(argv: list[str]) -> int:
     """Runs `longact train` with these arguments; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
-        run = Run(*parse(argv), Console())
+        arguments, training = parse(argv)
+        run = Run(arguments, training, Console(quiet=training.process_index > 0))
     except ValueError as error:
-        print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:  # nothing has begun
         return INTERRUPTED
     try:
         with run.interrupt:
-            before = run.folder.evaluation("before", lambda: run.evaluate("before"))
-            run.train()
+            before = run.train()
         if not run.interrupt.asked:
             run.finish(before, run.evaluate("after"))
             return 0
@@ -54,7 +64,7 @@ def train(argv: list[str]) -> int:
 
 
 class Run:
-    """One run of the driver: a model, its trainer, its folder.
+    """One run of the driver: a model, its trainer, its folder; one in each process, of which the first one writes.
 
     Args:
         arguments, training: of `parse`.
@@ -103,45 +113,57 @@ class Run:
             train_dataset=train_dataset,
             processing_class=self.tokenizer,
         )
-        self.folder.begin()
+        # By now every process has seen the folder as it was.
+        self.trainer.accelerator.wait_for_everyone()
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.remove_callback(ProgressCallback)
-        for callback in (
-            MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
-            self.progress,
-            self.interrupt,
-        ):
+        self.first = EvaluationBefore(self)
+        callbacks: list[TrainerCallback] = [self.first, self.interrupt]
+        if training.process_index == 0:
+            self.folder.begin()
+            callbacks[1:1] = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
+        for callback in callbacks:
             self.trainer.add_callback(callback)
 
     def evaluate(self, when: str) -> Evaluation:
+        """Answers the held-out prompts, which the processes share out among them."""
+        count, rank, processes = len(self.held_out), self.training.process_index, self.training.world_size
+        # As many for each: the processes of a sharded model take every step together.
+        own = [self.held_out[i % count] for i in range(rank, -(-count // processes) * processes, processes)]
         with progress_bar(self.console) as bar:
-            row = bar.add_task(f"accuracy {when}", total=len(self.held_out), note=f"{len(self.held_out)} prompts")
-            result = evaluate(
+            row = bar.add_task(f"accuracy {when}", total=len(own), note=f"{count} prompts")
+            found = evaluate(
                 self.model,
                 self.tokenizer,
-                self.held_out,
+                own,
                 self.reward,
                 max_completion_length=self.training.max_completion_length,
                 eos_token_id=self.trainer.eos_token_ids,
                 batch_size=self.training.per_device_eval_batch_size,
                 advance=lambda count: bar.advance(row, count),
             )
+        parts = gather_object([found])
+        result = Evaluation(
+            [parts[i % processes].rewards[i // processes] for i in range(count)],
+            [parts[i % processes].completions[i // processes] for i in range(count)],
+        )
         self.console.print(f"held-out accuracy {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}")
         return result
 
-    def train(self) -> None:
-        """Trains from the last checkpoint to the end."""
+    def train(self) -> Evaluation:
+        """Evaluates, if that has not been done, and trains from the last checkpoint to the end; returns the former."""
         checkpoint = self.folder.checkpoint
         if checkpoint and self.folder.is_complete(self.training.max_steps):
             # The trainer would take one more step.
             self.trainer._load_from_checkpoint(str(checkpoint))
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
             self.trainer.create_optimizer().load_state_dict(state)
-            return
+            return self.first()
         try:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.progress.bar.stop()
+        return self.first()
 
     def finish(self, before: Evaluation, after: Evaluation) -> None:
         """Saves the model as an ordinary checkpoint, and writes and shows the report."""
@@ -153,7 +175,10 @@ class Run:
             optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
             state_bytes = optimizer.salient_state_bytes()
             self.longact.restore()
-        self.model.save_pretrained(self.folder.path / "model")
+        weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        if self.training.process_index > 0:
+            return
+        self.model.save_pretrained(self.folder.path / "model", state_dict=weights)
         self.tokenizer.save_pretrained(self.folder.path / "model")
         metrics = read_metrics(self.folder.metrics)
         summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
@@ -161,6 +186,19 @@ class Run:
         self.console.print(summary_table(summary))
         for name in ("report.html", "model"):
             self.console.print(self.folder.path / name, soft_wrap=True, markup=False)
+
+
+class EvaluationBefore(TrainerCallback):
+    """The evaluation before training: once the trainer has put the model where it trains, and only once a run."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __call__(self) -> Evaluation:
+        return self.run.folder.evaluation("before", lambda: self.run.evaluate("before"))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self()
 
 
 def build_longact(model: PreTrainedModel, arguments: TrainArguments, seed: int) -> LongAct | None:

@@ -176,8 +176,7 @@ class Training:
         if self.study.curve_every:
             run.trainer.add_callback(curve)
         with run.interrupt:
-            first = run.folder.evaluation("before", lambda: run.evaluate("before"))
-            run.train()
+            first = run.train()
         if run.interrupt.asked:
             return None
         last = run.folder.evaluation("after", lambda: run.evaluate("after"))
