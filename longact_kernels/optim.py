@@ -252,8 +252,10 @@ class SalientAdamW(Optimizer):
                 eps=group["eps"],
                 maximize=group["maximize"],
             )
-            if masters := {p: state["master"] for p, state in chunk if "master" in state}:
-                torch._foreach_copy_(list(masters), list(masters.values()))
+            if masters := [(local(p), local(state["master"])) for p, state in chunk if "master" in state]:
+                # Of sharded parameters the local parts: DTensor has no such operation.
+                weights, masters_of = zip(*masters, strict=True)
+                torch._foreach_copy_(weights, masters_of)
 
     # The kernel: salient weights, and ordinary parameters as matrices whose rows are all in the set
 

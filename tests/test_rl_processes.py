@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,17 +16,39 @@ from longact_kernels.cli import main
 from longact_kernels.integrations.generation import generate
 
 OPTIONS = """--length 420 --train_prompts 8 --eval_prompts 3 --per_device_train_batch_size 8 --num_generations 4
-    --max_completion_length 6 --save_steps 1 --learning_rate 1e-3 --use_cpu true"""
+    --max_completion_length 6 --max_steps 3 --save_steps 1 --learning_rate 1e-3 --use_cpu true"""
+FSDP = """
+fsdp: true
+fsdp_config: {transformer_layer_cls_to_wrap: LlamaDecoderLayer, activation_checkpointing: true}
+gradient_checkpointing: false
+"""
+# accelerate leaves FSDP out on CPUs, where it works as well: processes that look like those of GPUs get it.
+AS_ON_GPUS = """
+import sys
+from accelerate.state import DistributedType, PartialState
+init = PartialState.__init__
+
+def init_as_on_gpus(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = init_as_on_gpus
+from longact_kernels.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def arguments(place, name, *more):
     return ["train", "--model", place / "model", "--output_dir", place / name, *OPTIONS.split(), *more]
 
 
-def in_two_processes(place, name, *more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+def in_two_processes(place, kind, name, *more):
+    program = ["-m", "longact_kernels.cli"] if kind == "ddp" else [place / "as_on_gpus.py"]
+    options = [] if kind == "ddp" else ["--config", place / "fsdp.yaml"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*map(str, [*command, "longact_kernels.cli", *arguments(place, name, *more)])],
+        [*map(str, [*launcher, *program, *arguments(place, name, *options, *more)])],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -37,42 +60,67 @@ def in_two_processes(place, name, *more):
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     tiny.save(root / "model")
+    (root / "fsdp.yaml").write_text(FSDP)
+    (root / "as_on_gpus.py").write_text(AS_ON_GPUS)
     return root
 
 
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def done(place):
-    return in_two_processes(place, "two", "--max_steps", 2)
+def done(place, kind):
+    """Output of a run in two processes, and its weights."""
+    run = in_two_processes(place, kind, kind)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, weights(place, kind)
 
 
-def steps(place):
-    return [json.loads(line)["step"] for line in (place / "two" / "metrics.jsonl").read_text().splitlines()]
+def weights(place, name):
+    model = AutoModelForCausalLM.from_pretrained(place / name / "model")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    return model.state_dict()
 
 
-def test_one_process_writes_for_all(place, done):
-    assert done.returncode == 0, done.stderr
-    assert steps(place) == [1, 2]
-    for line in ("held-out accuracy before", "step 2/2", "held-out accuracy after", "report.html"):
-        assert done.stdout.count(line) == 1, done.stdout
-    assert AutoModelForCausalLM.from_pretrained(place / "two" / "model").num_parameters() > 0
+def test_one_process_writes_for_all(place, kind, done):
+    printed, trained = done
+    for line in ("held-out accuracy before", "step 3/3", "held-out accuracy after", "report.html"):
+        assert printed.count(line) == 1, printed
+    assert [json.loads(line)["step"] for line in (place / kind / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    before = tiny.model().state_dict()
+    assert any(not torch.equal(trained[name], before[name].to(trained[name])) for name in before)
 
 
-def test_they_share_the_held_out_prompts_out(place, done, monkeypatch):
+def test_sharded_or_not_they_train_the_same(place, kind, done):
+    if kind == "fsdp":
+        whole = weights(place, "ddp")
+        for name, weight in done[1].items():
+            torch.testing.assert_close(weight, whole[name], rtol=2**-7, atol=1e-5)
+
+
+def test_they_share_the_held_out_prompts_out(place, kind, done, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert main([*map(str, arguments(place, "one", "--max_steps", 1))]) == 0
-    alone, shared = (json.loads((place / name / "accuracy_before.json").read_text()) for name in ("one", "two"))
-    assert shared == alone and len(shared["completions"]) == 3
+    alone = place / "alone" / "accuracy_before.json"
+    if not alone.is_file():
+        assert main([*map(str, arguments(place, "alone", "--max_steps", 1))]) == 0
+    wanted, shared = (json.loads(path.read_text()) for path in (alone, place / kind / "accuracy_before.json"))
+    assert shared == wanted and len(shared["completions"]) == 3
 
 
-def test_they_go_on_together(place, done):
-    resumed = in_two_processes(place, "two", "--max_steps", 3, "--resume")
+def test_they_go_on_bit_for_bit(place, kind, done):
+    shutil.rmtree(place / kind / "checkpoint-3")
+    shutil.rmtree(place / kind / "model")
+    resumed = in_two_processes(place, kind, kind, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert steps(place) == [1, 2, 3]
-    assert "accuracy before" not in resumed.stdout
+    assert "accuracy before" not in resumed.stdout and "step 3/3" in resumed.stdout
+    for name, weight in weights(place, kind).items():
+        assert torch.equal(weight, done[1][name]), name
 
 
 def test_bad_input_is_said_once(place):
-    refused = in_two_processes(place, "bad", "--density", "2")
+    refused = in_two_processes(place, "ddp", "bad", "--density", "2")
     assert refused.stderr.count("longact train: error: density: got 2.0") == 1
 
 

@@ -1,5 +1,8 @@
 """`LongActGRPOTrainer`: TRL's GRPO trainer with LongAct's optimizer, reading a group's prompt once."""
 
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
 from trl.models import unwrap_model_for_generation
 
 from longact_kernels.integrations.dynamic_sampling import DynamicSamplingTrainer
@@ -16,6 +19,9 @@ class LongActGRPOTrainer(LongActTrainerMixin, DynamicSamplingTrainer):
     Args:
         kwargs: of `LongActTrainerMixin` and of `DynamicSamplingTrainer`.
     """
+
+    def _get_train_sampler(self, dataset=None):
+        return ResumingSampler(super()._get_train_sampler(dataset), self)
 
     def _tokenize_prompts(self, prompts: list):
         # TRL itself always opens a new assistant turn, also after a prompt that ends with the answer's beginning.
@@ -67,3 +73,24 @@ class LongActGRPOTrainer(LongActTrainerMixin, DynamicSamplingTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: the run's folder has its own report."""
+
+
+class ResumingSampler(Sampler):
+    """TRL's sampler, which orders the prompts anew for each epoch: in a resumed run, from the epoch on that it is in.
+
+    transformers itself skips the batches of that epoch, but leaves the orders of those before undrawn.
+    """
+
+    def __init__(self, sampler: Sampler, trainer: LongActGRPOTrainer):
+        self.sampler, self.trainer = sampler, trainer
+        self.begun = False
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.begun:
+            for _ in range(int(self.trainer.state.epoch or 0)):
+                next(iter(self.sampler))
+        self.begun = True
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
