@@ -268,7 +268,7 @@ class SalientAdamW(Optimizer):
             if not state:
                 state.update(self._new_state(p, p.detach()))
             weight, grad = _matrix(p), _matrix(p.grad)
-            matrices = {name: tensor if name == "step" else _matrix(tensor) for name, tensor in state.items()}
+            matrices = {name: local(tensor) if name == "step" else _matrix(tensor) for name, tensor in state.items()}
             entries.append((weight, grad, torch.arange(len(weight), device=p.device), matrices))
         self._run(group, entries, "rows", False, grad_scale, found_inf)
 

@@ -15,15 +15,16 @@ from longact_kernels import LongAct, SalientAdamW
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
 
 
-def train(model, options, batches, reload_at=None):
+def train(model, options, batches, reload_at=None, form=None):
     longact = LongAct(model, **options)
-    optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact)
+    hyper = HYPER | (form or {})
+    optimizer = SalientAdamW(model.parameters(), **hyper, longact=longact)
     for step, batch in enumerate(batches):
         if step == reload_at:
             saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
             longact.restore()
             longact = LongAct(model, **options)
-            optimizer = SalientAdamW(model.parameters(), **HYPER)
+            optimizer = SalientAdamW(model.parameters(), **hyper)
             set_optimizer_state_dict(model, optimizer, saved)
         backward(model, batch)
         # FSDP averages over ranks what the whole batch adds up.
@@ -34,14 +35,14 @@ def train(model, options, batches, reload_at=None):
     return longact
 
 
-def _rank(rank, file, options, reload_at, results):
+def _rank(rank, file, options, reload_at, results, dtype=torch.float32, form=None):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh, model = init_device_mesh("cpu", (2,)), tiny_model("Qwen2")
+    mesh, model = init_device_mesh("cpu", (2,)), tiny_model("Qwen2").to(dtype)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    longact = train(model, options, [tokens(4, seed=step).chunk(2)[rank] for step in range(4)], reload_at)
+    longact = train(model, options, [tokens(4, seed=step).chunk(2)[rank] for step in range(4)], reload_at, form)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
     if rank == 0:
@@ -64,6 +65,31 @@ def test_sharded_weights_train_as_one_process_does(options, reload_at, tmp_path)
         assert torch.equal(layer.salient.rows, rows[name]), name
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"master_weights": False, "stochastic_rounding": True}),
+        (torch.float32, {"moments": torch.bfloat16}),
+    ],
+    ids=["masters", "stochastic rounding", "bf16 moments"],
+)
+def test_sharded_weights_are_stepped_in_every_form(dtype, form, tmp_path):
+    # Steps of some 0.03, which roundings do not reach; every row, since sets would follow the activations' rounding.
+    form = form | {"lr": 0.03}
+    model = tiny_model("Qwen2").to(dtype)
+    before = copy.deepcopy(model)
+    train(model, {"density": 1.0}, [tokens(4, seed=step) for step in range(4)], form=form)
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        arguments = (tmp_path / "rendezvous", {"density": 1.0}, 2, results, dtype, form)
+        torch.multiprocessing.spawn(_rank, arguments, nprocs=2)
+        weights = results["weights"]
+    for (name, p), start in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert (p - start).abs().median() > 0.01, name
+        assert (p - weights[name]).abs().median() < 0.002, name
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
