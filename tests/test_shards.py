@@ -77,7 +77,7 @@ def test_sharded_weights_train_as_one_process_does(options, reload_at, tmp_path)
     ids=["masters", "stochastic rounding", "bf16 moments"],
 )
 def test_sharded_weights_are_stepped_in_every_form(dtype, form, tmp_path):
-    # Steps of some 0.03, which roundings do not reach; every row, since sets would follow the activations' rounding.
+    # Steps that are large beside what rounding does; every row, since sets would follow the activations' rounding.
     form = form | {"lr": 0.03}
     model = tiny_model("Qwen2").to(dtype)
     before = copy.deepcopy(model)
@@ -88,7 +88,7 @@ def test_sharded_weights_are_stepped_in_every_form(dtype, form, tmp_path):
         torch.multiprocessing.spawn(_rank, arguments, nprocs=2)
         weights = results["weights"]
     for (name, p), start in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert (p - start).abs().median() > 0.01, name
+        assert (p - start).abs().median() > 0.005, name
         assert (p - weights[name]).abs().median() < 0.002, name
 
 
