@@ -56,26 +56,12 @@ def in_two_processes(place, kind, name, *more):
     )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("place")
-    tiny.save(root / "model")
-    (root / "fsdp.yaml").write_text(FSDP)
-    (root / "as_on_gpus.py").write_text(AS_ON_GPUS)
-    return root
-
-
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def done(place, kind):
-    """Output of a run in two processes, and its weights."""
-    run = in_two_processes(place, kind, kind)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, weights(place, kind)
+@pytest.fixture
+def place(tmp_path):
+    tiny.save(tmp_path / "model")
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    (tmp_path / "as_on_gpus.py").write_text(AS_ON_GPUS)
+    return tmp_path
 
 
 def weights(place, name):
@@ -84,39 +70,35 @@ def weights(place, name):
     return model.state_dict()
 
 
-def test_one_process_writes_for_all(place, kind, done):
-    printed, trained = done
-    for line in ("held-out accuracy before", "step 3/3", "held-out accuracy after", "report.html"):
-        assert printed.count(line) == 1, printed
-    assert [json.loads(line)["step"] for line in (place / kind / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
-    before = tiny.model().state_dict()
-    assert any(not torch.equal(trained[name], before[name].to(trained[name])) for name in before)
-
-
-def test_sharded_or_not_they_train_the_same(place, kind, done):
-    if kind == "fsdp":
-        whole = weights(place, "ddp")
-        for name, weight in done[1].items():
-            torch.testing.assert_close(weight, whole[name], rtol=2**-7, atol=1e-5)
-
-
-def test_they_share_the_held_out_prompts_out(place, kind, done, monkeypatch):
+# One test: its runs take long, and pytest-xdist would have each worker do them.
+def test_two_processes_are_one_run(place, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    alone = place / "alone" / "accuracy_before.json"
-    if not alone.is_file():
-        assert main([*map(str, arguments(place, "alone", "--max_steps", 1))]) == 0
-    wanted, shared = (json.loads(path.read_text()) for path in (alone, place / kind / "accuracy_before.json"))
-    assert shared == wanted and len(shared["completions"]) == 3
+    assert main([*map(str, arguments(place, "alone", "--max_steps", 1))]) == 0
+    alone = json.loads((place / "alone" / "accuracy_before.json").read_text())
+    assert len(alone["completions"]) == 3
+    trained = {}
+    for kind in ("ddp", "fsdp"):
+        done = in_two_processes(place, kind, kind)
+        assert done.returncode == 0, done.stderr
+        for line in ("held-out accuracy before", "step 3/3", "held-out accuracy after", "report.html"):
+            assert done.stdout.count(line) == 1, done.stdout
+        steps = [json.loads(line)["step"] for line in (place / kind / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3]
+        # The processes have shared the held-out prompts out.
+        assert json.loads((place / kind / "accuracy_before.json").read_text()) == alone
+        trained[kind] = weights(place, kind)
 
-
-def test_they_go_on_bit_for_bit(place, kind, done):
-    shutil.rmtree(place / kind / "checkpoint-3")
-    shutil.rmtree(place / kind / "model")
-    resumed = in_two_processes(place, kind, kind, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "accuracy before" not in resumed.stdout and "step 3/3" in resumed.stdout
-    for name, weight in weights(place, kind).items():
-        assert torch.equal(weight, done[1][name]), name
+        shutil.rmtree(place / kind / "checkpoint-3")
+        shutil.rmtree(place / kind / "model")
+        resumed = in_two_processes(place, kind, kind, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "accuracy before" not in resumed.stdout and "step 3/3" in resumed.stdout
+        for name, weight in weights(place, kind).items():
+            assert torch.equal(weight, trained[kind][name]), name
+    start = tiny.model().state_dict()
+    assert any(not torch.equal(weight, start[name].to(weight)) for name, weight in trained["fsdp"].items())
+    for name, weight in trained["fsdp"].items():
+        torch.testing.assert_close(weight, trained["ddp"][name], rtol=2**-7, atol=1e-5)
 
 
 def test_bad_input_is_said_once(place):
