@@ -254,8 +254,8 @@ class SalientAdamW(Optimizer):
             )
             if masters := [(local(p), local(state["master"])) for p, state in chunk if "master" in state]:
                 # Of sharded parameters the local parts: DTensor has no such operation.
-                weights, masters_of = zip(*masters, strict=True)
-                torch._foreach_copy_(weights, masters_of)
+                weights, copies = zip(*masters, strict=True)
+                torch._foreach_copy_(weights, copies)
 
     # The kernel: salient weights, and ordinary parameters as matrices whose rows are all in the set
 

@@ -58,7 +58,7 @@ class MetricsFile(TrainerCallback):
         self.steps += 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not state.is_world_process_zero:
+        if "loss" not in logs:
             return
         logs["seconds_per_step"] = self.seconds / self.steps
         logs["tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds

@@ -113,7 +113,7 @@ class RunFolder:
             if saliency is not None and salient is not None and salient.rows is not None:
                 found[f"{name}.saliency"] = saliency.cpu().contiguous()
                 found[f"{name}.rows"] = salient.rows.cpu()
-        if found and PartialState().is_main_process:
+        if found:
             save_file(found, path)
         kept = load_file(path) if path.is_file() else {}
         names = [key.removesuffix(".saliency") for key in kept if key.endswith(".saliency")]

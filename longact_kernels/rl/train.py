@@ -117,12 +117,11 @@ class Run:
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.remove_callback(ProgressCallback)
-        self.first = EvaluationBefore(self)
-        callbacks: list[TrainerCallback] = [self.first, self.interrupt]
+        writing: list[TrainerCallback] = []
         if training.process_index == 0:
             self.folder.begin()
-            callbacks[1:1] = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
-        for callback in callbacks:
+            writing = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
+        for callback in (EvaluationBefore(self), *writing, self.interrupt):
             self.trainer.add_callback(callback)
 
     def evaluate(self, when: str) -> Evaluation:
@@ -150,6 +149,10 @@ class Run:
         self.console.print(f"held-out accuracy {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}")
         return result
 
+    def before(self) -> Evaluation:
+        """The evaluation before training, made only once a run."""
+        return self.folder.evaluation("before", lambda: self.evaluate("before"))
+
     def train(self) -> Evaluation:
         """Evaluates, if that has not been done, and trains from the last checkpoint to the end; returns the former."""
         checkpoint = self.folder.checkpoint
@@ -158,15 +161,19 @@ class Run:
             self.trainer._load_from_checkpoint(str(checkpoint))
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
             self.trainer.create_optimizer().load_state_dict(state)
-            return self.first()
+            return self.before()
         try:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.progress.bar.stop()
-        return self.first()
+        return self.before()
 
     def finish(self, before: Evaluation, after: Evaluation) -> None:
         """Saves the model as an ordinary checkpoint, and writes and shows the report."""
+        # Gathered from all processes; the rest is the first one's.
+        weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        if self.training.process_index > 0:
+            return
         saliency = {}
         state_bytes = None
         if self.longact is not None:
@@ -175,9 +182,6 @@ class Run:
             optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
             state_bytes = optimizer.salient_state_bytes()
             self.longact.restore()
-        weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
-        if self.training.process_index > 0:
-            return
         self.model.save_pretrained(self.folder.path / "model", state_dict=weights)
         self.tokenizer.save_pretrained(self.folder.path / "model")
         metrics = read_metrics(self.folder.metrics)
@@ -189,16 +193,13 @@ class Run:
 
 
 class EvaluationBefore(TrainerCallback):
-    """The evaluation before training: once the trainer has put the model where it trains, and only once a run."""
+    """Evaluates before training, once the trainer has put the model where it trains."""
 
     def __init__(self, run: Run):
         self.run = run
 
-    def __call__(self) -> Evaluation:
-        return self.run.folder.evaluation("before", lambda: self.run.evaluate("before"))
-
     def on_train_begin(self, args, state, control, **kwargs):
-        self()
+        self.run.before()
 
 
 def build_longact(model: PreTrainedModel, arguments: TrainArguments, seed: int) -> LongAct | None:
