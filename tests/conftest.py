@@ -1,7 +1,10 @@
 """What many tests share: tiny random models, a command line that is refused, the lack of a network."""
 
+import os
+import random
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from hypothesis import settings
@@ -9,9 +12,19 @@ from hypothesis import settings
 # The models are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
 
-# The same examples at every run: a failure is one that anybody can repeat.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+# The same numbers at every run: a failure is one that anybody can repeat. Another seed asks whether they were lucky;
+# hypothesis then draws anew too (`--hypothesis-seed` repeats its examples).
+SEED = int(os.environ.get("LONGACT_TEST_SEED", "0"))
+settings.register_profile("repeatable", derandomize=SEED == 0, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, whichever tests ran before it."""
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 SHAPE = dict(
     vocab_size=64,
