@@ -26,6 +26,7 @@ def seeded():
     numpy.random.seed(SEED)
     torch.manual_seed(SEED)
 
+
 SHAPE = dict(
     vocab_size=64,
     hidden_size=32,
