@@ -60,30 +60,30 @@ def main(argv: list[str] | None = None) -> int:
     # A command's libraries take seconds to import: only those of the command that runs are.
     try:
         if arguments.command == "kernels":
-            from longact_kernels.budgets import kernels_command
+            from longact_kernels.commands.kernels import kernels_command
 
             return kernels_command(arguments.target, arguments.json)
         if arguments.command == "tune":
-            from longact_kernels.tune import tune_command
+            from longact_kernels.commands.tune import tune_command
 
             return tune_command()
         if arguments.command == "eval":
-            from longact_kernels.evaluation.command import eval_command
+            from longact_kernels.commands.eval.command import eval_command
 
             return eval_command(arguments)
         if arguments.command == "study":
-            from longact_kernels.study.command import study_command
+            from longact_kernels.commands.study.command import study_command
 
             return study_command(arguments)
         if arguments.command == "inspect":
-            from longact_kernels.analysis.inspect import inspect_command
+            from longact_kernels.commands.inspect.command import inspect_command
 
             return inspect_command(rest)
         if arguments.command == "perturb":
-            from longact_kernels.analysis.perturb import perturb_command
+            from longact_kernels.commands.perturb.command import perturb_command
 
             return perturb_command(rest)
-        from longact_kernels.rl.train import train
+        from longact_kernels.commands.train.run import train
 
         return train(rest)
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from longact_kernels import budgets
+from longact_kernels.commands import kernels
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -58,15 +59,15 @@ def test_occupancy():
 
 
 def test_the_table_and_its_json(monkeypatch, capsys):
-    listed = budgets.rows(None)
+    listed = kernels.rows(None)
     assert {(v.kernel, target) for v, target in listed} == {(k, t) for k in budgets.KERNELS for t in budgets.TARGETS}
-    assert len(budgets.rows("sm_90")) > len(listed) / len(budgets.TARGETS)
+    assert len(kernels.rows("sm_90")) > len(listed) / len(budgets.TARGETS)
     monkeypatch.setattr(budgets, "rows", lambda target: listed[:1])
-    assert budgets.kernels_command(None, as_json=True) == 0
+    assert kernels.kernels_command(None, as_json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["compiled"][0]["registers"] > 0
     assert {p["gpu"] for p in answer["predicted"]} == set(budgets.GPUS)
-    assert budgets.kernels_command(None, as_json=False) == 0
+    assert kernels.kernels_command(None, as_json=False) == 0
     assert "Predicted, not measured" in capsys.readouterr().out
 
 
@@ -80,5 +81,5 @@ def test_predicted_costs_are_what_the_design_expects():
 
 
 def test_an_unknown_target_is_refused(capsys):
-    assert budgets.kernels_command("sm_9", as_json=True) == 2
+    assert kernels.kernels_command("sm_9", as_json=True) == 2
     assert "sm_90" in capsys.readouterr().err

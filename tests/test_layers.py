@@ -20,8 +20,10 @@ LAYERS = [
     {"statistics"},
     {"saliency"},
     {"optim"},
+    {"budgets"},
     {"integrations"},
-    {"rl", "evaluation", "analysis", "study", "budgets", "tune"},
+    {"tasks"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

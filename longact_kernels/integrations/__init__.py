@@ -1,1 +1,1 @@
-"""Glue to transformers, TRL and accelerate: the only place that imports them, with `rl/`."""
+"""Glue to transformers, TRL and accelerate: what `tasks` and `commands` build on."""

@@ -1,0 +1,93 @@
+"""The pictures of a study."""
+
+from collections import defaultdict
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from longact_kernels.commands.study.config import DENSE, Study
+from longact_kernels.commands.study.estimates import estimate
+
+ACROSS = 3
+WIDTH = 8.0
+
+
+def found_arms(study: Study, results: list[dict]) -> dict[str, list[dict]]:
+    """Results by arm, in the order of the study."""
+    arms = {name: [one for one in results if one["arm"] == name] for name in study.arms}
+    return {name: found for name, found in arms.items() if found}
+
+
+def scores(study: Study, results: list[dict]) -> Figure:
+    """By arm the final scores, and their differences from dense over the same seeds, with 95% confidence intervals."""
+    arms = found_arms(study, results)
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(arms)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    dense = {one["seed"]: one["score"] for one in arms.get(DENSE, [])}
+    for place, (name, found) in enumerate(arms.items()):
+        colour = "C3" if name == DENSE else "C0"
+        dots(left, place, [one["score"] for one in found], colour)
+        if differences := [one["score"] - dense[one["seed"]] for one in found if one["seed"] in dense]:
+            dots(right, place, differences, colour)
+    if study.evaluate is None:
+        before = estimate([one["before"] for one in results]).mean
+        left.axvline(before, color="0.5", ls="--", lw=1)
+        left.annotate("before", (before, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="0.5")
+    right.axvline(0, color="C3", ls=":", lw=1)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    what = "held-out accuracy" if study.evaluate is None else "score"
+    left.set_xlabel(f"{what} after {study.options['max_steps']} steps")
+    right.set_xlabel("difference from dense, same seeds")
+    for axes in (left, right):
+        # Of two runs, the interval may be wider than all there is to see.
+        places = np.concatenate([one.get_xdata() for one in axes.lines if one.get_marker() == "o"])
+        margin = 0.1 * np.ptp(places) + 0.005
+        axes.set_xlim(min(places) - margin, max(places) + margin)
+        axes.grid(False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+def dots(axes, place: int, values: list[float], colour: str) -> None:
+    """Values on a line, and their mean with its 95% confidence interval."""
+    spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.plot(values, place + spread, "o", ms=3.5, color=colour, alpha=0.6, mew=0)
+    middle = estimate(values)
+    axes.errorbar(
+        middle.mean, place, xerr=np.nan_to_num(middle.half_width), fmt="D", ms=5, capsize=4, lw=2, color=colour
+    )
+
+
+def curves(study: Study, results: list[dict]) -> Figure:
+    """Held-out accuracy gained by step, a panel an arm, beside it dense with the same seeds; 95% confidence bands."""
+    arms = found_arms(study, results)
+    shown = {name: found for name, found in arms.items() if name != DENSE} or arms
+    down = -(-len(shown) // ACROSS)
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * down), layout="constrained")
+    panels = figure.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, found) in zip(panels.flat, shown.items(), strict=False):
+        seeds = {one["seed"] for one in found}
+        line(axes, [one for one in arms.get(DENSE, []) if one["seed"] in seeds], "C3", ":")
+        line(axes, found, "C0", "-")
+        axes.set_title(f"{name}, {len(seeds)} seeds", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelbottom=True)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("training step (dotted red: dense, same seeds)", fontsize=10)
+    figure.supylabel("held-out accuracy gained", fontsize=10)
+    return figure
+
+
+def line(axes, found: list[dict], colour: str, style: str) -> None:
+    by_step = defaultdict(list)
+    for one in found:
+        for step, accuracy in one["curve"]:
+            by_step[step].append(accuracy - one["before"])
+    middles = [estimate(values) for values in by_step.values()]
+    means = np.array([one.mean for one in middles])
+    widths = np.nan_to_num([one.half_width for one in middles])
+    axes.plot(list(by_step), means, style, color=colour, lw=1.6)
+    axes.fill_between(list(by_step), means - widths, means + widths, color=colour, alpha=0.18, lw=0)

@@ -1,0 +1,276 @@
+"""What a study consists of: pretraining a model, and training one. Each job is a process of its own."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+from transformers import TrainerCallback
+
+from longact_kernels.commands.eval.results import read_json, write_json, write_whole
+from longact_kernels.commands.study.config import Arm, Study
+from longact_kernels.commands.study.recall import make_base
+from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.callbacks import read_metrics
+from longact_kernels.commands.train.run import INTERRUPTED, Run, build_longact, small_model
+from longact_kernels.models import find_projections
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where a study keeps its files.
+
+    `base/` has the pretrained models, `runs/` a folder and a configuration for each run, `results/` a file for each
+    finished one, `logs/` what the processes printed.
+    """
+
+    path: Path
+
+    def base(self, seed: int) -> Path:
+        return self.path / "base" / f"seed-{seed}"
+
+    def run(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def config(self, name: str) -> Path:
+        return self.path / "runs" / f"{name}.yaml"
+
+    def result(self, name: str) -> Path:
+        return self.path / "results" / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        return self.path / "logs" / f"{name}.txt"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Makes the model and the prompts of a seed."""
+
+    study: Study
+    folder: StudyFolder
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"base-{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.base(self.seed).is_dir()
+
+    def check(self) -> None:
+        """Nothing to check: the study's file has been."""
+
+    def steps_done(self) -> int:
+        return int(self.is_done)
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    def __call__(self) -> int:
+        make_base(self.folder.base(self.seed), self.study.base, self.seed)
+        return 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of an arm."""
+
+    study: Study
+    folder: StudyFolder
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        return self.folder.result(self.name).is_file()
+
+    @property
+    def steps(self) -> int:
+        return self.study.options["max_steps"]
+
+    def steps_done(self) -> int:
+        """How far the run has come, by its metrics."""
+        metrics = self.folder.run(self.name) / "metrics.jsonl"
+        return self.steps if self.is_done else len(read_metrics(metrics))
+
+    def options(self) -> dict[str, Any]:
+        """Those of `longact train`, as the run's YAML file says them."""
+        options = {**self.study.options, **self.arm.options}
+        if self.study.setting == "recall":
+            base = self.folder.base(self.seed)
+            options |= {
+                "model": str(base / "model"),
+                "dataset": str(base / "data.jsonl"),
+                "max_completion_length": self.study.base.value_tokens,
+            }
+        return options | {"seed": self.seed, "output_dir": str(self.folder.run(self.name))}
+
+    def check(self) -> None:
+        """Reads the options as `longact train` does, and the result that is there.
+
+        Raises:
+            ValueError: they are wrong, or the result is of another study.
+        """
+        held = read_json(self.folder.result(self.name))
+        if held and (held["options"], held["frozen"]) != (self.options(), self.arm.frozen):
+            raise ValueError(
+                f"output: {self.folder.path} has a run {self.name} with other options; name another --output, or "
+                f"delete {self.folder.result(self.name)}"
+            )
+        if self.seed == self.arm.seeds[0]:
+            arguments, training = parse(self.write_config())
+            build_longact(small_model(), arguments, training.seed)
+
+    def write_config(self) -> list[str]:
+        """Writes the run's configuration, and returns the arguments of `longact train`."""
+        write_whole(self.folder.config(self.name), yaml.safe_dump(self.options(), sort_keys=False))
+        return ["--config", str(self.folder.config(self.name))]
+
+    def __call__(self) -> int:
+        """Trains, or goes on with it; called again, evaluates. Returns 0, or 130 after Ctrl-C.
+
+        What training leaves in a process's memory would be held while `longact eval` works: it is for the next process.
+        """
+        folder = self.folder.run(self.name)
+        trained = folder / "trained.json"
+        if not trained.is_file():
+            run = Run(*parse(self.write_config() + ["--resume"] * (folder / "run.json").is_file()), Console())
+            if (found := self.train(run)) is None:
+                return INTERRUPTED
+            write_json(trained, found)
+            if self.study.evaluate is not None:
+                return 0
+        result = read_json(trained)
+        if self.study.evaluate is not None:
+            result |= self.evaluate(folder)
+        write_json(self.folder.result(self.name), result)
+        return 0
+
+    def train(self, run: Run) -> dict | None:
+        """Trains; returns what was seen, or None if it was stopped."""
+        projections = find_projections(run.model) if run.longact is None else []
+        layers = [*run.longact.layers.values()] if run.longact else [one.module for one in projections]
+        weights = [layer.get_parameter("weight") for layer in layers]
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.requires_grad_(not self.arm.frozen)
+        curve = Curve(run, self.study.curve_every)
+        if self.study.curve_every:
+            run.trainer.add_callback(curve)
+        with run.interrupt:
+            first = run.train()
+        if run.interrupt.asked:
+            return None
+        last = run.folder.evaluation("after", lambda: run.evaluate("after"))
+        run.finish(first, last)
+        metrics = read_metrics(run.folder.metrics)
+        summary = read_json(run.folder.path / "summary.json")
+        state = summary["salient_state_bytes"] or {}
+        return {
+            "arm": self.arm.name,
+            "seed": self.seed,
+            "options": self.options(),
+            "frozen": self.arm.frozen,
+            "before": first.accuracy,
+            "after": last.accuracy,
+            "score": last.accuracy,
+            "curve": [[0, first.accuracy], *curve.points(), [self.steps, last.accuracy]],
+            "rewards": [record["reward"] for record in metrics],
+            "reward": summary["reward"]["last"],
+            "churn": summary["churn"],
+            "moved": moved(before, weights),
+            "state": 0.0 if self.arm.frozen else state["longact"] / state["dense_adamw"] if state else 1.0,
+            "seconds_per_step": summary["seconds_per_step"],
+            "threads": torch.get_num_threads(),
+            "versions": summary["versions"],
+        }
+
+    def evaluate(self, folder: Path) -> dict:
+        """Scores of `longact eval`, by task, and their mean as the final score."""
+        options = [word for key, value in (self.study.evaluate or {}).items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "longact_kernels.cli", "eval", str(folder / "model")]
+        subprocess.run([*command, *options, "--output", str(folder / "eval")], check=True)
+        scores = {}
+        for cell in read_json(folder / "eval" / "results.json")["cells"]:
+            if "skipped" in cell:
+                raise ValueError(f"evaluate: {cell['task']}: {cell['skipped']}")
+            scores[f"{cell['task']}-{cell['length']}" if cell["length"] else cell["task"]] = cell["score"]
+        return {"eval": scores, "score": mean(scores.values())}
+
+
+class Curve(TrainerCallback):
+    """Measures the held-out accuracy now and then while a run trains, and keeps it in the run's folder."""
+
+    def __init__(self, run: Run, every: int):
+        self.run, self.every = run, every
+        self.path = run.folder.path / "curve.jsonl"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            accuracy = self.run.evaluate(f"after step {state.global_step}").accuracy
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, "accuracy": accuracy}) + "\n")
+
+    def points(self) -> list[list[float]]:
+        """Steps and accuracies; of a step that was taken again after a stop, the later one."""
+        return [list(point) for point in {one["step"]: one["accuracy"] for one in read_metrics(self.path)}.items()]
+
+
+def moved(before: list[Tensor], after: Iterable[Tensor]) -> float:
+    """The share of the weights that differ."""
+    changed = sum(int((one != other).sum()) for one, other in zip(before, after, strict=True))
+    return changed / sum(one.numel() for one in before)
+
+
+def jobs_of(study: Study, folder: StudyFolder) -> tuple[list[Pretraining], list[Training]]:
+    """What there is to do, done or not: seed by seed, so that arms can be compared early."""
+    bases = [Pretraining(study, folder, seed) for seed in study.seeds] if study.setting == "recall" else []
+    runs = [
+        Training(study, folder, arm, seed) for seed in study.seeds for arm in study.arms.values() if seed in arm.seeds
+    ]
+    return bases, runs
+
+
+def end_with_the_study() -> None:
+    """Where the study was killed and could not tell its processes, they hear of it here, and keep a checkpoint."""
+    study = multiprocessing.parent_process()
+    if study is not None:
+        study.join()
+        os.killpg(0, signal.SIGINT)
+
+
+def work(job: Pretraining | Training, threads: int) -> None:
+    """Does a job: the target of its process."""
+    # Ctrl-C reaches the study alone, which tells its processes.
+    os.setpgrp()
+    path = job.folder.log(job.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_the_study, daemon=True).start()
+    try:
+        status = job()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status)

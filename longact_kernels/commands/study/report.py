@@ -1,0 +1,202 @@
+"""What a study leaves: a CSV of all runs, a table of the arms, pictures, and a page with all of it."""
+
+import csv
+import math
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import mean
+
+from matplotlib import rc_context
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from longact_kernels.commands.eval.results import write_json, write_whole
+from longact_kernels.commands.study.config import DENSE, Study
+from longact_kernels.commands.study.estimates import Comparison, Estimate, compare, estimate
+from longact_kernels.commands.study.figures import curves, scores
+from longact_kernels.commands.train.figures import DARK, LIGHT, png
+from longact_kernels.commands.train.report import STYLE, pairs, picture, table
+
+COLUMNS = ["arm", "seed", "before", "after", "score", "reward", "churn", "moved", "state", "seconds_per_step"]
+MEANINGS = {
+    "score": "final score: mean over seeds ± half of the 95% confidence interval",
+    "gain": "the same of score minus held-out accuracy before training",
+    "minus": "mean difference over the same seeds ± half of its 95% confidence interval; p of the paired t-test, and "
+    "of the exact sign-flip test (never below 2 / 2ⁿ with n seeds); not corrected for the number of comparisons",
+    "churn": "1 - Jaccard overlap of a salient set with the one before, mean over layers and steps",
+    "moved": "share of the query and key weights that differ from those before training",
+    "state": "bytes of optimizer state of the query and key weights, as a share of dense AdamW's",
+    "s/step": "median time of a training step, on one of the processes side by side",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm in numbers; comparisons are None with itself, or without seeds in common."""
+
+    arm: str
+    score: Estimate
+    gain: Estimate
+    against: dict[str, Comparison | None]
+    churn: float | None
+    moved: float
+    state: float
+    seconds_per_step: float
+
+
+def rows_of(study: Study, results: list[dict]) -> list[Row]:
+    """One row an arm with results, in the order of the study."""
+    by_arm = {name: {one["seed"]: one for one in results if one["arm"] == name} for name in study.arms}
+    others = list(dict.fromkeys((DENSE, study.reference)))
+    rows = []
+    for name, found in by_arm.items():
+        if not found:
+            continue
+        churn = [one["churn"] for one in found.values() if one["churn"] is not None]
+        rows.append(
+            Row(
+                name,
+                estimate([one["score"] for one in found.values()]),
+                estimate([one["after"] - one["before"] for one in found.values()]),
+                {other: None if other == name else against(found, by_arm[other]) for other in others},
+                mean(churn) if churn else None,
+                mean(one["moved"] for one in found.values()),
+                mean(one["state"] for one in found.values()),
+                mean(one["seconds_per_step"] for one in found.values()),
+            )
+        )
+    return rows
+
+
+def against(found: dict[int, dict], others: dict[int, dict]) -> Comparison | None:
+    seeds = sorted(found.keys() & others.keys())
+    return (
+        compare([found[seed]["score"] for seed in seeds], [others[seed]["score"] for seed in seeds]) if seeds else None
+    )
+
+
+def write_results(study: Study, folder: Path, results: list[dict], console: Console) -> None:
+    """Writes `runs.csv`, `study.json`, `tables.md`, `scores.png`, `curves.png`, `report.html`; shows the tables."""
+    rows = rows_of(study, results)
+    write_csv(folder / "runs.csv", results)
+    about = versions(results)
+    write_json(folder / "study.json", {"arms": [as_dict(row) for row in rows], "versions": about})
+    images: dict[str, list[bytes]] = {}
+    for style in (LIGHT, DARK):
+        with rc_context(style):
+            for name, figure in (("scores", scores(study, results)), ("curves", curves(study, results))):
+                images.setdefault(name, []).append(png(figure))
+    for name, (light, _) in images.items():
+        (folder / f"{name}.png").write_bytes(light)
+    write_whole(folder / "report.html", page(study, rows, images, about))
+    write_whole(
+        folder / "tables.md", "\n".join(as_markdown([part(row) for row in rows]) for part in (outcomes, comparisons))
+    )
+    console.print(shown(f"{study.name}: means ± 95% confidence intervals", [outcomes(row) for row in rows]))
+    console.print(shown("Differences over the same seeds", [comparisons(row) for row in rows]))
+    for name in ("runs.csv", "scores.png", "curves.png", "report.html"):
+        console.print(folder / name, soft_wrap=True, markup=False)
+
+
+def versions(results: list[dict]) -> dict[str, str]:
+    """What the runs ran on; all there is, where they differ."""
+    names = dict.fromkeys(name for one in results for name in one["versions"])
+    return {name: ", ".join(dict.fromkeys(one["versions"].get(name, "-") for one in results)) for name in names}
+
+
+def write_csv(path: Path, results: list[dict]) -> None:
+    """One line a run; the scores of `longact eval` behind the other columns."""
+    tasks = list(dict.fromkeys(task for one in results for task in one.get("eval", {})))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*COLUMNS, *tasks])
+        for one in results:
+            writer.writerow([*(one[key] for key in COLUMNS), *(one.get("eval", {}).get(task) for task in tasks)])
+
+
+def as_dict(row: Row) -> dict:
+    """A row as plain data, without what is not known."""
+    plain = {**vars(row), "score": vars(row.score), "gain": vars(row.gain)}
+    plain["against"] = {
+        name: {**vars(one), "difference": vars(one.difference)} for name, one in row.against.items() if one
+    }
+    return plain
+
+
+def outcomes(row: Row) -> dict[str, str]:
+    """What came of an arm, and what it did, by column."""
+    return {
+        "arm": row.arm,
+        "seeds": str(row.score.count),
+        "score": interval(row.score),
+        "gain": interval(row.gain, signed=True),
+        "churn": "-" if row.churn is None else f"{row.churn:.2f}",
+        "moved": f"{row.moved:.2f}",
+        "state": f"{row.state:.2f}",
+        "s/step": f"{row.seconds_per_step:.2f}",
+    }
+
+
+def comparisons(row: Row) -> dict[str, str]:
+    """An arm against the others, by column."""
+    cells = {"arm": row.arm}
+    for i, (name, one) in enumerate(row.against.items()):
+        # Columns of a table have names of their own.
+        cells[f"minus {name}"] = interval(one.difference, signed=True) if one else "-"
+        cells[f"p t, flip{' ' * i}"] = f"{p_value(one.p_t)}, {p_value(one.p_sign_flip)}" if one else "-"
+    return cells
+
+
+def interval(one: Estimate, signed: bool = False) -> str:
+    mean = f"{one.mean:+.3f}" if signed else f"{one.mean:.3f}"
+    return mean if math.isnan(one.half_width) else f"{mean} ± {one.half_width:.3f}"
+
+
+def p_value(p: float) -> str:
+    return "-" if math.isnan(p) else f"{p:.3f}" if p >= 0.0005 else "<0.001"
+
+
+def shown(title: str, lines: list[dict[str, str]]) -> Table:
+    """A table for the terminal."""
+    made = Table(*lines[0], title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for line in lines:
+        made.add_row(*line.values())
+    return made
+
+
+def as_markdown(lines: list[dict[str, str]]) -> str:
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def as_html(lines: list[dict[str, str]]) -> str:
+    return table(list(lines[0]), [[escape(cell) for cell in line.values()] for line in lines], "numbers")
+
+
+def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: dict) -> str:
+    """The study as one HTML page that needs nothing else."""
+    titles = {
+        "scores": "Final score by arm: runs, mean, 95% confidence interval",
+        "curves": "Held-out accuracy gained while training: means, 95% confidence bands",
+    }
+    figures = "".join(picture(name, titles[name], *both) for name, both in images.items())
+    arms = {
+        name: ", ".join([f"{key} {value}" for key, value in arm.options.items()] + ["frozen"] * arm.frozen) or "-"
+        for name, arm in study.arms.items()
+    }
+    parts = {"base": vars(study.base) if study.setting == "recall" else {}, "evaluate": study.evaluate or {}}
+    options = study.options | {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(study.name)}</title><style>{STYLE}</style>"
+        f"<h1>{escape(study.name)}</h1><p class=dim>{sum(row.score.count for row in rows)} runs of "
+        f"{study.options['max_steps']} steps, setting {study.setting}</p>{figures}"
+        f"<h2>Arms</h2>{as_html([outcomes(row) for row in rows])}{as_html([comparisons(row) for row in rows])}"
+        f"{table(['column', 'meaning'], pairs(MEANINGS))}"
+        f"<h2>In what the arms differ</h2>{table(['arm', 'options'], pairs(arms))}"
+        f"<h2>What they share</h2>{table(['option', 'value'], pairs(options))}"
+        f"<h2>Versions</h2>{table(['what', 'version'], pairs(about))}</html>\n"
+    )

@@ -1,0 +1,240 @@
+"""`longact train`: checks everything, then evaluates, trains, evaluates again and writes the report."""
+
+import os
+import shlex
+import sys
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from accelerate.utils import gather_object
+from datasets import disable_progress_bars
+from rich.console import Console
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import GRPOConfig
+from trl.rewards import get_soft_overlong_punishment
+
+from longact_kernels import LongAct
+from longact_kernels.commands.train.arguments import TrainArguments, parse
+from longact_kernels.commands.train.callbacks import (
+    GracefulInterrupt,
+    MetricsFile,
+    TrainingProgress,
+    progress_bar,
+    read_metrics,
+)
+from longact_kernels.commands.train.evaluate import Evaluation, evaluate
+from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.prompts import make_prompts, read_sources
+from longact_kernels.commands.train.report import summarize, summary_table, write_report
+from longact_kernels.integrations.transformers import load_model
+from longact_kernels.integrations.trl import LongActGRPOTrainer
+from longact_kernels.tasks import TASKS
+from longact_kernels.tasks.rewards import Reward, load_reward, string_match_any
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def train(argv: list[str]) -> int:
+    """Runs `longact train` with these arguments; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        arguments, training = parse(argv)
+        run = Run(arguments, training, Console(quiet=training.process_index > 0))
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:  # nothing has begun
+        return INTERRUPTED
+    try:
+        with run.interrupt:
+            before = run.train()
+        if not run.interrupt.asked:
+            run.finish(before, run.evaluate("after"))
+            return 0
+    except KeyboardInterrupt:
+        pass
+    command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
+    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with")
+    run.console.print(command, soft_wrap=True, markup=False, highlight=False)
+    return INTERRUPTED
+
+
+class Run:
+    """One run of the driver: a model, its trainer, its folder; one in each process, of which the first one writes.
+
+    Args:
+        arguments, training: of `parse`.
+        console: where the user looks.
+
+    Raises:
+        ValueError: anything that is wrong with the arguments; no run has been touched then.
+    """
+
+    def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
+        self.arguments, self.training, self.console = arguments, training, console
+        self.folder = RunFolder(training.output_dir, arguments)
+        self.folder.check_stages(training.max_steps)
+        check_packages(training)
+        build_longact(small_model(), arguments, training.seed)
+        self.reward = reward_of(arguments)
+        prompts = read_sources(arguments)
+        self.interrupt = GracefulInterrupt(console)
+        self.progress = TrainingProgress(console)
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        with console.status(f"loading {arguments.model}"):
+            self.model, self.tokenizer = load_model(
+                arguments.model,
+                trust_remote_code=training.trust_remote_code,
+                **(training.model_init_kwargs or {}),
+            )
+            if arguments.stochastic_rounding and self.model.dtype == torch.float32:
+                raise ValueError(
+                    "stochastic_rounding: got True, but the weights are float32, which lose nothing to rounding; leave "
+                    "it out, or name a 16-bit dtype in model_init_kwargs"
+                )
+            self.longact = build_longact(self.model, arguments, training.seed)
+        with progress_bar(console) as bar:
+            advance = partial(bar.advance, bar.add_task("prompts", total=prompts, note=arguments.subject))
+            train_dataset, self.held_out = make_prompts(arguments, training, self.tokenizer, advance)
+        punishment = int(arguments.overlong_share * training.max_completion_length)
+        overlong = [get_soft_overlong_punishment(training.max_completion_length, punishment)] if punishment else []
+        self.trainer = LongActGRPOTrainer(
+            longact=self.longact,
+            optimizer_options=arguments.optimizer_options(),
+            dynamic_sampling_rounds=arguments.dynamic_sampling_rounds,
+            model=self.model,
+            args=training,
+            reward_funcs=[self.reward, *overlong],
+            train_dataset=train_dataset,
+            processing_class=self.tokenizer,
+        )
+        # By now every process has seen the folder as it was.
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.remove_callback(ProgressCallback)
+        writing: list[TrainerCallback] = []
+        if training.process_index == 0:
+            self.folder.begin()
+            writing = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
+        for callback in (EvaluationBefore(self), *writing, self.interrupt):
+            self.trainer.add_callback(callback)
+
+    def evaluate(self, when: str) -> Evaluation:
+        """Answers the held-out prompts, which the processes share out among them."""
+        count, rank, processes = len(self.held_out), self.training.process_index, self.training.world_size
+        # As many for each: the processes of a sharded model take every step together.
+        own = [self.held_out[i % count] for i in range(rank, -(-count // processes) * processes, processes)]
+        with progress_bar(self.console) as bar:
+            row = bar.add_task(f"accuracy {when}", total=len(own), note=f"{count} prompts")
+            found = evaluate(
+                self.model,
+                self.tokenizer,
+                own,
+                self.reward,
+                max_completion_length=self.training.max_completion_length,
+                eos_token_id=self.trainer.eos_token_ids,
+                batch_size=self.training.per_device_eval_batch_size,
+                advance=lambda count: bar.advance(row, count),
+            )
+        parts = gather_object([found])
+        result = Evaluation(
+            [parts[i % processes].rewards[i // processes] for i in range(count)],
+            [parts[i % processes].completions[i // processes] for i in range(count)],
+        )
+        self.console.print(f"held-out accuracy {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}")
+        return result
+
+    def before(self) -> Evaluation:
+        """The evaluation before training, made only once a run."""
+        return self.folder.evaluation("before", lambda: self.evaluate("before"))
+
+    def train(self) -> Evaluation:
+        """Evaluates, if that has not been done, and trains from the last checkpoint to the end; returns the former."""
+        checkpoint = self.folder.checkpoint
+        if checkpoint and self.folder.is_complete(self.training.max_steps):
+            # The trainer would take one more step.
+            self.trainer._load_from_checkpoint(str(checkpoint))
+            state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.trainer.create_optimizer().load_state_dict(state)
+            return self.before()
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.progress.bar.stop()
+        return self.before()
+
+    def finish(self, before: Evaluation, after: Evaluation) -> None:
+        """Saves the model as an ordinary checkpoint, and writes and shows the report."""
+        # Gathered from all processes; the rest is the first one's.
+        weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        if self.training.process_index > 0:
+            return
+        saliency = {}
+        state_bytes = None
+        if self.longact is not None:
+            saliency = self.folder.saliency(self.longact)
+            # Accelerate wraps the optimizer of a run that has trained.
+            optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            state_bytes = optimizer.salient_state_bytes()
+            self.longact.restore()
+        self.model.save_pretrained(self.folder.path / "model", state_dict=weights)
+        self.tokenizer.save_pretrained(self.folder.path / "model")
+        metrics = read_metrics(self.folder.metrics)
+        summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
+        write_report(self.folder.path, summary, metrics, saliency, self.held_out, before, after)
+        self.console.print(summary_table(summary))
+        for name in ("report.html", "model"):
+            self.console.print(self.folder.path / name, soft_wrap=True, markup=False)
+
+
+class EvaluationBefore(TrainerCallback):
+    """Evaluates before training, once the trainer has put the model where it trains."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.run.before()
+
+
+def build_longact(model: PreTrainedModel, arguments: TrainArguments, seed: int) -> LongAct | None:
+    """The controller that the arguments ask for; `None` with `--no-longact`."""
+    return LongAct(model, **arguments.longact_options(), seed=seed) if arguments.longact else None
+
+
+def small_model() -> PreTrainedModel:
+    """What is wrong with LongAct's arguments shows on this one, before a large one is loaded."""
+    config = Qwen3Config(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1, head_dim=32)
+    return Qwen3ForCausalLM(config)
+
+
+def reward_of(arguments: TrainArguments) -> Reward:
+    """The user's reward, or else the task's."""
+    if arguments.reward:
+        return load_reward(arguments.reward)
+    return TASKS[arguments.task].reward if arguments.task else string_match_any
+
+
+def check_packages(training: GRPOConfig) -> None:
+    """Whether what the options need is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    needed = {name: "report_to" for name in training.report_to if name in ("tensorboard", "wandb", "trackio")}
+    if training.use_vllm:
+        needed["vllm"] = "use_vllm"
+    for package, option in needed.items():
+        if find_spec(package) is None:
+            raise ValueError(f"{option}: {package} is not installed; run pip install {package}")

@@ -1,0 +1,204 @@
+"""A run that was stopped and goes on, against one that was never stopped."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import types
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longact_kernels.commands.train import run as driver
+from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.folder import RunFolder
+
+STEPS = 4
+# 2 steps go once through the prompts: stops are in the first pass, at its end, and in the second.
+STOPPED_IN = {"lagged compact": 3, "current full": 2, "16-bit dense": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+def arguments(folder, output, *more):
+    options = {
+        "model": folder,
+        "output_dir": output,
+        "length": 420,
+        "train_prompts": 4,
+        "eval_prompts": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "reward": "reward_of_this_test:reward",
+    }
+    return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
+
+
+def rewarding(patch, stop_in_step=None):
+    """Makes the reward 1 where most bytes are even: half of the time. SIGINT comes in a step if asked."""
+
+    stopped = []
+
+    def reward(completions, trainer_state=None, **_):
+        # The evaluations have no state; a step that takes other prompts calls again.
+        if trainer_state is not None and trainer_state.global_step + 1 == stop_in_step and not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        texts = [completion[0]["content"] for completion in completions]
+        return [float(sum(ord(c) % 2 == 0 for c in text) > len(text) / 2) for text in texts]
+
+    patch.setitem(sys.modules, "reward_of_this_test", types.SimpleNamespace(reward=reward))
+
+
+@pytest.fixture(scope="module", params=STOPPED_IN)
+def runs(request, folder, tmp_path_factory):
+    """Folders of a run that went through and of one that Ctrl-C stopped, and the second's output until then."""
+    more = {
+        "lagged compact": ["--state", "compact", "--refresh_every", "3"],
+        "current full": ["--selection", "current", "--statistic", "l2"],
+        "16-bit dense": ["--no-longact", "--moments", "bfloat16", "--stochastic_rounding"],
+    }[request.param]
+    step = STOPPED_IN[request.param]
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        rewarding(patch)
+        assert driver.train(arguments(folder, root / "whole", *more)) == 0
+        rewarding(patch, step)
+        printed = []
+        patch.setattr(driver.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
+        assert driver.train(arguments(folder, root / "stopped", *more)) == driver.INTERRUPTED
+        rewarding(patch)
+        command = shlex.split(printed[-1])
+        assert command[:2] == ["longact", "train"]
+        assert [path.name for path in (root / "stopped").glob("checkpoint-*")].count(f"checkpoint-{step}") == 1
+        assert not (root / "stopped" / f"checkpoint-{step + 1}").exists()
+        assert driver.train(command[2:]) == 0
+    return root / "whole", root / "stopped"
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_optimizer_and_schedule_are_the_same_bit_for_bit(runs, name):
+    whole, stopped = (torch.load(run / f"checkpoint-{STEPS}" / name, weights_only=True) for run in runs)
+    assert_same(whole, stopped, name)
+
+
+def test_the_optimizer_keeps_what_was_asked_for(runs):
+    asked = json.loads((runs[0] / "run.json").read_text())
+    states = torch.load(runs[0] / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"].values()
+    assert {state["exp_avg"].dtype for state in states} == {getattr(torch, asked["moments"])}
+    assert all(("master" in state) != asked["stochastic_rounding"] for state in states)
+
+
+def test_the_random_states_are_the_same(runs):
+    whole, stopped = (torch.load(run / f"checkpoint-{STEPS}" / "rng_state.pth", weights_only=False) for run in runs)
+    assert_same(whole["cpu"], stopped["cpu"])
+    assert whole["python"] == stopped["python"]
+
+
+def test_the_weights_are_the_same_and_moved(runs, folder):
+    whole, stopped = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert_same(whole, stopped)
+    untrained = load_file(folder / "model.safetensors")
+    assert whole.keys() == untrained.keys()
+    assert any(not torch.equal(whole[name].float(), untrained[name].to(torch.bfloat16).float()) for name in whole)
+
+
+def test_the_metrics_are_one_run_s(runs):
+    def records(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k and "time" not in k}
+            for line in lines
+        ]
+
+    whole, stopped = map(records, runs)
+    assert [record["step"] for record in whole] == list(range(1, STEPS + 1))
+    # The churn of the first step after resuming has no set to compare with.
+    lacking = [pair for pair in zip(whole, stopped, strict=True) if "churn" in pair[0] and "churn" not in pair[1]]
+    assert len(lacking) <= 1
+    for one, other in lacking:
+        other["churn"] = one["churn"]
+    assert whole == stopped
+    # Among the steps are some that had to take other prompts.
+    assert any(record["dynamic_sampling/replaced"] for record in whole)
+    assert (runs[0] / "accuracy_before.json").read_text() == (runs[1] / "accuracy_before.json").read_text()
+
+
+def test_the_model_is_an_ordinary_checkpoint(runs):
+    for run in runs:
+        model = AutoModelForCausalLM.from_pretrained(run / "model")
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert AutoTokenizer.from_pretrained(run / "model")("x")["input_ids"]
+        for name in ("model", f"checkpoint-{STEPS}"):
+            for path in (run / name).glob("*"):
+                assert path.name == "optimizer.pt" or b"longact" not in path.read_bytes().lower(), path
+
+
+def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
+    rewarding(monkeypatch)
+    run = runs[0]
+    kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "model/model.safetensors")}
+    held = json.loads((run / "run.json").read_text())
+    more = ["--state", held["state"], "--selection", held["selection"], "--statistic", held["statistic"]]
+    more += ["--refresh_every", str(held["refresh_every"])] + ([] if held["longact"] else ["--no-longact"])
+    more += ["--moments", held["moments"], "--stochastic_rounding", str(held["stochastic_rounding"])]
+    assert driver.train(arguments(folder, run, *more, "--resume")) == 0
+    assert not (run / f"checkpoint-{STEPS + 1}").exists()
+    assert kept == {name: (run / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "more_steps", "message"),
+    [
+        (["--lengths", "420,500"], 2, f"max_steps: got {STEPS + 2}, but the run in"),
+        # These come as far as the model.
+        (["--lengths", "420,500"], 0, "could not load"),
+        (["--length", "420"], 2, "could not load"),
+    ],
+)
+def test_stages_stay_where_they_were(tmp_path, no_network, refused, lengths, more_steps, message):
+    words = ["--model", "no-such-user/no-such-model", "--output_dir", str(tmp_path), "--use_cpu", "True", *lengths]
+    RunFolder(str(tmp_path), parse(words)[0]).begin()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"global_step": 1, "max_steps": STEPS}))
+    assert message in refused("train", *words, "--max_steps", STEPS + more_steps, "--resume")
+
+
+def test_a_run_from_before_an_option_has_its_default(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "True"]
+    RunFolder(str(tmp_path), parse(words)[0]).begin()
+    held = json.loads((tmp_path / "run.json").read_text())
+    del held["moments"]
+    (tmp_path / "run.json").write_text(json.dumps(held))
+    RunFolder(str(tmp_path), parse([*words, "--resume"])[0])
+    with pytest.raises(ValueError, match="moments 'float32' instead of 'bfloat16'"):
+        RunFolder(str(tmp_path), parse([*words, "--resume", "--moments", "bfloat16"])[0])
