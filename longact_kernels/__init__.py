@@ -3,6 +3,7 @@
 from longact_kernels.modules import SalientLinear
 from longact_kernels.optim import SalientAdamW
 from longact_kernels.saliency import LongAct
+from longact_kernels.warning import LongActWarning
 
-__all__ = ["LongAct", "SalientAdamW", "SalientLinear"]
+__all__ = ["LongAct", "LongActWarning", "SalientAdamW", "SalientLinear"]
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from longact_kernels import __version__
+from longact_kernels import LongActWarning, __version__
 
 BAD_INPUT = 2
 ANALYSES = {
@@ -97,8 +97,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", message="longact_kernels: |SalientAdamW: ")
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    warnings.filterwarnings("default", category=LongActWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"longact: warning: {message}\n"
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 

@@ -19,6 +19,7 @@ from longact_kernels.functional import Axis
 from longact_kernels.modules import SalientChannels, salient_weights
 from longact_kernels.saliency import LongAct
 from longact_kernels.shards import is_sharded, local, local_channels, zeros_by_channel
+from longact_kernels.warning import LongActWarning
 
 State = Literal["full", "compact"]
 
@@ -343,8 +344,9 @@ class SalientAdamW(Optimizer):
         self._warned = True
         if torch.equal(before, after) and grad.any():
             warnings.warn(
-                f"SalientAdamW: the update of {after.dtype} weights rounds to nothing at this learning rate; use "
+                f"the update of {after.dtype} weights rounds to nothing at this learning rate; use "
                 "master_weights=True or stochastic_rounding=True",
+                LongActWarning,
                 stacklevel=5,
             )
 

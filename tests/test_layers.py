@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; modules in one entry may import one another.
 LAYERS = [
+    {"warning"},
     {"csrc_triton", "reference"},
     {"cpu"},
     {"ops"},

@@ -168,7 +168,7 @@ def test_master_weights_keep_updates_far_below_the_last_digit():
             []
             if master_weights
             else [
-                "SalientAdamW: the update of torch.bfloat16 weights rounds to nothing at this learning rate; use "
+                "the update of torch.bfloat16 weights rounds to nothing at this learning rate; use "
                 "master_weights=True or stochastic_rounding=True"
             ]
         )

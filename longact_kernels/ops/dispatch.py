@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longact_kernels.warning import LongActWarning
+
 
 @functools.cache
 def interpreted() -> bool:
@@ -61,6 +63,7 @@ def launch(tensor: Tensor, kernel: Callable, *args) -> Any:
 def warn_reference(op: str, device: str) -> None:
     """Says, once for an op and device, that the slow reference runs where a user would expect a kernel."""
     warnings.warn(
-        f"longact_kernels: no kernel for '{op}' on {device}; the plain PyTorch reference runs instead (slower)",
+        f"no kernel for '{op}' on {device}; the plain PyTorch reference runs instead (slower)",
+        LongActWarning,
         stacklevel=3,
     )

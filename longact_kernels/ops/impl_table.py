@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from longact_kernels.warning import LongActWarning
+
 Impl = Literal["fused", "separate"]
 
 # Below this many input features the fused kernel is predicted to be the faster one. On paper the separate statistics
@@ -56,8 +58,8 @@ def measured() -> Table:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         warnings.warn(
-            f"longact_kernels: {path} cannot be read ({error}); the predicted choices are used. "
-            "Delete it, or run `longact tune` again",
+            f"{path} cannot be read ({error}); the predicted choices are used. Delete it, or run `longact tune` again",
+            LongActWarning,
             stacklevel=2,
         )
         return {}

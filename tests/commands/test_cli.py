@@ -163,10 +163,11 @@ def test_help_needs_no_trainer():
 def test_of_all_warnings_it_shows_our_own():
     code = """
 import warnings
+import longact_kernels
 from longact_kernels.cli import quiet_libraries
 quiet_libraries()
 warnings.warn("transformers: all is deprecated")
-warnings.warn("longact_kernels: numba is missing")
+warnings.warn("numba is missing", longact_kernels.LongActWarning)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stderr == "longact_kernels: numba is missing\n"
+    assert done.stderr == "longact: warning: numba is missing\n"

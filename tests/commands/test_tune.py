@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longact_kernels import budgets
+from longact_kernels import LongActWarning, budgets
 from longact_kernels.commands import tune
 from longact_kernels.ops import impl_table
 from longact_kernels.ops.impl_table import choose
@@ -75,7 +75,7 @@ def test_the_table_is_kept_by_gpu(table_file):
 def test_an_unreadable_table_is_reported_and_left_alone(table_file, content):
     table_file.parent.mkdir()
     table_file.write_text(content)
-    with pytest.warns(UserWarning, match="tune.json cannot be read .* run `longact tune` again"):
+    with pytest.warns(LongActWarning, match="tune.json cannot be read .* run `longact tune` again"):
         assert impl_table.measured() == {}
     assert table_file.read_text() == content
 

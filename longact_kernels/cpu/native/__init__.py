@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from longact_kernels.warning import LongActWarning
+
 _forked = False
 
 
@@ -34,8 +36,9 @@ def available() -> bool:
         import numba
     except ImportError as error:
         warnings.warn(
-            f"longact_kernels: without numba ({error}) work on a CPU takes up to several times as long; "
+            f"without numba ({error}) work on a CPU takes up to several times as long; "
             "pip install 'longact_kernels[cpu]'",
+            LongActWarning,
             stacklevel=2,
         )
         return False
