@@ -15,6 +15,7 @@ LAYERS = [
     {"cpu"},
     {"ops"},
     {"functional"},
+    {"sparse"},
     {"modules"},
     {"models"},
     {"flat", "selection", "shards", "sites", "tokens", "plots"},

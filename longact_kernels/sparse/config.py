@@ -1,0 +1,183 @@
+"""`LongActConfig`: every option of `LongAct`, checked. Code, command line and docs all read it here."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from longact_kernels.functional import Axis
+
+Statistic = Literal["absmax", "l2"]
+Scope = Literal["head", "layer", "model"]
+When = Literal["lagged", "current"]
+Grad = Literal["full", "compact"]
+Nonfinite = Literal["error", "skip", "off"]
+Strategy = Literal["top", "bottom", "random", "threshold"]
+Site = Literal["projection", "norm", "rope"]
+
+# Row ranges (start, stop, head size) of queries or keys.
+Ranges = Iterable[tuple[int, int, int]]
+TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
+
+
+def about(help: str, experimental: bool = False) -> dict[str, Any]:
+    """What is known of a field; an experimental one is for research and may change or go."""
+    return {"help": help, "experimental": experimental}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongActConfig:
+    """The options of `LongAct`. Each field's `metadata` has its `help`, and whether it is `experimental`.
+
+    Raises:
+        ValueError: a value is out of range, or two do not go together; the message names the field.
+    """
+
+    density: float = field(default=0.3, metadata=about("Share of the channels that are salient, above 0 and up to 1."))
+    statistic: Statistic = field(
+        default="absmax",
+        metadata=about(
+            "How a channel's magnitude is measured: absmax, the largest over all tokens; or l2, the mean over "
+            "sequences of the L2 norm (the paper's).",
+        ),
+    )
+    scope: Scope | None = field(
+        default=None,
+        metadata=about(
+            "What channels compete with: those of their head (the paper), of their layer, or of the whole model, where "
+            "no layer gets more than twice its share. By default head, and layer along columns.",
+        ),
+    )
+    selection: When = field(
+        default="lagged",
+        metadata=about(
+            "lagged: the batches before a step choose its set, so that backward computes the salient channels only; "
+            "current (the paper): the step's own batch chooses it, after a dense backward.",
+        ),
+    )
+    axis: Axis = field(
+        default="rows",
+        metadata=about(
+            "What a channel is: rows of the weight, output channels (the paper), or columns, input channels."
+        ),
+    )
+    target_modules: TargetModules | None = field(
+        default=None,
+        metadata=about(
+            "Layers to train sparsely in place of those found: name endings, a regular expression, or a function of "
+            "path and module.",
+        ),
+    )
+    refresh_every: int = field(default=1, metadata=about("Optimizer steps between two choices of the set."))
+    grad: Grad = field(
+        default="full",
+        metadata=about(
+            "full: gradients have the weight's shape; compact: fp32 sums of the salient channels alone, outside "
+            "weight.grad, for SalientAdamW.",
+        ),
+    )
+    nonfinite: Nonfinite = field(
+        default="error",
+        metadata=about(
+            "NaN or Inf in activations or gradients: the step changes nothing, and error raises, skip goes on and "
+            "counts it; off does not look.",
+        ),
+    )
+    strategy: Strategy = field(
+        default="top",
+        metadata=about(
+            "Which channels are taken: top, the largest magnitudes; bottom, the smallest, or random, for comparison; "
+            "threshold, those of top above a multiple of their layer's mean.",
+            experimental=True,
+        ),
+    )
+    threshold: float = field(
+        default=1.0, metadata=about("Of strategy threshold: the multiple of the layer's mean.", experimental=True)
+    )
+    seed: int = field(
+        default=0, metadata=about("Of strategy random: the same seed draws the same sets.", experimental=True)
+    )
+    ema: float = field(
+        default=0.0,
+        metadata=about(
+            "Weight of the magnitudes before at a refresh, from 0 up to but not including 1.", experimental=True
+        ),
+    )
+    freeze_after: int | None = field(
+        default=None,
+        metadata=about(
+            "Optimizer steps after which the sets stay and nothing is measured; never by default.", experimental=True
+        ),
+    )
+    site: Site = field(
+        default="projection",
+        metadata=about(
+            "Where magnitudes are measured: at the projection (the paper), after its norm, or after rope.",
+            experimental=True,
+        ),
+    )
+    pair_rope: bool = field(
+        default=False,
+        metadata=about(
+            "Keep the two channels of a rotary pair together; a set holds half as many pairs.", experimental=True
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in _choices().items():
+            value = getattr(self, name)
+            if value not in choices:
+                needed = ", ".join(repr(choice) for choice in choices if choice is not None)
+                raise ValueError(f"{name}: got {value!r}, needed one of {needed}")
+        for name, (fits, needed) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "freeze_after":
+                continue
+            whole = name in ("refresh_every", "freeze_after")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, numbers.Integral if whole else numbers.Real)
+                or not fits(value)
+            ):
+                raise ValueError(f"{name}: got {value!r}, needed {needed}")
+        if self.axis == "columns" and (self.scope == "head" or self.site != "projection" or self.pair_rope):
+            raise ValueError(
+                "axis: 'columns' takes input channels, which have no heads, norms or rotary pairs; needed scope "
+                "'layer' or 'model', site 'projection' and no pair_rope"
+            )
+        if self.grad == "compact" and self.selection == "current":
+            raise ValueError(
+                "grad: 'compact' needs the set before backward; use selection='lagged', or grad='full' with 'current'"
+            )
+        if self.scope is None:
+            object.__setattr__(self, "scope", "head" if self.axis == "rows" else "layer")
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "density": (lambda value: 0 < value <= 1, "a share of the channels above 0 and up to 1, such as 0.3"),
+    "refresh_every": (lambda value: value >= 1, "a whole number of steps of at least 1"),
+    "ema": (lambda value: 0 <= value < 1, "a weight of at least 0 and below 1"),
+    "freeze_after": (lambda value: value >= 1, "a whole number of steps of at least 1, or None"),
+    "threshold": (lambda value: value >= 0, "a multiple of the layer's mean of at least 0"),
+}
+
+
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """By field, the values that a Literal allows."""
+    found = {}
+    for name, hint in get_type_hints(LongActConfig).items():
+        kinds = [hint, *get_args(hint)]
+        if literal := next((kind for kind in kinds if get_origin(kind) is Literal), None):
+            found[name] = (*get_args(literal), *([None] if type(None) in kinds else []))
+    return found
+
+
+def fields(experimental: bool | None = None) -> list[dataclasses.Field]:
+    """The fields, in their order; only those that are experimental, or only the others, if asked."""
+    every = dataclasses.fields(LongActConfig)
+    return [one for one in every if experimental in (None, one.metadata["experimental"])]
