@@ -196,16 +196,19 @@ def _read_hip(compiled: Any) -> tuple[int, int, int, int, int, str]:
 
 
 def main_loop(compiled: Any) -> list[str]:
-    """The machine instructions (SASS) of the loop that moves most bytes; of the whole kernel, if no loop moves any."""
+    """The machine instructions (SASS) of the loop that moves most bytes, or of what lies outside loops if that does."""
     disassembly = _cuobjdump(compiled, "-sass")
     code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", disassembly)]
-    loops = []
+    whole = dict(code)
+    parts, rest = [], dict(code)
     for address, text in code:
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if jump and int(jump.group(1), 16) < address:
-            loops.append([line for at, line in code if int(jump.group(1), 16) <= at <= address])
-    main = max(loops, key=lambda loop: sum(_lane_bytes(loop)), default=[])
-    return main if _lane_bytes(main) else [text for _, text in code]
+            loop = [at for at, _ in code if int(jump.group(1), 16) <= at <= address]
+            parts.append([whole[at] for at in loop])
+            for at in loop:
+                rest.pop(at, None)
+    return max([*parts, list(rest.values())], key=lambda part: sum(_lane_bytes(part)))
 
 
 def issue_share(loop: list[str], gpu: Gpu) -> float:
@@ -213,9 +216,9 @@ def issue_share(loop: list[str], gpu: Gpu) -> float:
     return (len(loop) / gpu.issue) / (32 * sum(_lane_bytes(loop)) / gpu.bandwidth)
 
 
-def wide_share(loop: list[str]) -> float:
-    """Share of a loop's bytes that 128-bit accesses move."""
-    moved = _lane_bytes(loop)
+def wide_share(loop: list[str], index: bool = False) -> float:
+    """Share of a loop's bytes that 128-bit accesses move; with an int64 `index`, 64-bit accesses are left aside."""
+    moved = [width for width in _lane_bytes(loop) if not (index and width == 8)]
     return sum(width for width in moved if width == 16) / sum(moved)
 
 
@@ -280,27 +283,24 @@ def linear_stats_work(M: int, N: int, K: int, itemsize: int) -> Work:
 
 
 def salient_wgrad_work(M: int, N: int, K: int, S: int, itemsize: int) -> dict[str, Work]:
-    """The three launches of `salient_wgrad` along rows; counted by running them, in tests/test_salient_wgrad.py.
-
-    What several tiles read of an operand is taken to come from L2 after the first time.
-    """
-    from longact_kernels.csrc_triton.salient_wgrad import launch_config, split_tokens
-
+    """The launches of `salient_wgrad` along rows; counted by running them, in tests/test_salient_wgrad.py."""
     P = -(-S // 16) * 16
-    splits, _ = split_tokens(M, P, K, launch_config("sm_90", itemsize, aligned=True), programs=132)
     shape = f"{S} of {N} rows, [{M}, {K}]"
-    # Nearly every 32-byte sector of the full gradient holds a salient channel.
+    # Nearly every line of the whole gradient holds a salient channel.
     packing = Work(shape, M * S, itemsize * M * (N + P), minimum=2 * itemsize * M * S)
     product = Work(
-        f"{shape}, {splits} splits",
+        f"{shape}, the library's",
         S * K,
-        moved=itemsize * M * (P + K) + 4 * splits * P * K,
-        minimum=itemsize * M * (S + K) + 4 * S * K,
+        moved=itemsize * (M * (P + K) + P * K),
+        minimum=itemsize * (M * (S + K) + S * K),
         flops=2.0 * M * P * K,
     )
-    least = itemsize * N * K
-    reduction = Work(shape, S * K, moved=(4 * splits + itemsize) * S * K + least, minimum=least)
-    return {"salient_wgrad pack": packing, "salient_wgrad product": product, "salient_wgrad reduce": reduction}
+    scattering = itemsize * (S + N) * K
+    return {
+        "salient_wgrad pack": packing,
+        "salient_wgrad product": product,
+        "salient_wgrad scatter": Work(shape, N * K, moved=scattering, minimum=scattering),
+    }
 
 
 def carry_work(rows: int, K: int, tensors: int) -> Work:

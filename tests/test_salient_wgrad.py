@@ -3,7 +3,7 @@
 import exact_interpreter  # noqa: F401
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from traffic import count_bytes
 
@@ -15,7 +15,20 @@ EXAMPLES = 8 if interpreted() else 40
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # As ATen's products on a CPU are.
-ROUNDS_PRODUCT = DEVICE == "cpu" and not interpreted()
+ROUNDS_PRODUCT = DEVICE == "cpu"
+
+
+@pytest.fixture(params=[True, False] if interpreted() or DEVICE == "cuda" else [True], ids="packs-{}".format)
+def packs(request, monkeypatch):
+    """Whether the kernels' way packs the salient channels or multiplies all of them; the CPU code always packs."""
+    if interpreted() or DEVICE == "cuda":
+        monkeypatch.setattr("longact_kernels.csrc_triton.salient_wgrad.pays", lambda *sizes: request.param)
+    return request.param
+
+
+pytestmark = pytest.mark.usefixtures("packs")
+# The fixture means the same for every example.
+examples = settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -52,6 +65,16 @@ def check(dw, dy, x, rows, axis, compact, before=None, rounds_product=ROUNDS_PRO
     assert torch.equal(dw[outside], torch.zeros_like(dw[outside]) if before is None else before[outside])
 
 
+def count_of_probes(rows, line):
+    """How many slots a binary search for a line's own looks at, which it does in falling powers of two."""
+    slot = probes = 0
+    for bit in reversed(range(len(rows).bit_length())):
+        beyond = slot + 2**bit
+        probes += beyond <= len(rows)
+        slot = beyond if beyond <= len(rows) and rows[beyond - 1] < line else slot
+    return probes
+
+
 @st.composite
 def problems(draw):
     """Arguments of odd shapes; rows of dy and x may lie apart, or be the columns of something else."""
@@ -65,13 +88,13 @@ def problems(draw):
     return dy, x, rows, axis, draw(st.booleans())
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@examples
 @given(problem=problems())
 def test_matches_fp64_within_rounding(problem):
     check(ops.salient_wgrad(*problem), *problem)
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@examples
 @given(problem=problems(), accumulate=st.booleans())
 def test_writes_or_adds_to_a_given_gradient(problem, accumulate):
     _, _, rows, axis, compact = problem
@@ -93,8 +116,7 @@ def test_writes_or_adds_to_a_given_gradient(problem, accumulate):
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_aligned_tiles_and_splits_of_many_tokens(dtype, axis):
-    """A small product of many tokens is split, on any GPU in the same way each time."""
+def test_many_tokens_and_the_same_bits_each_time(dtype, axis):
     dy, x = randn(1040, 32, dtype=dtype), randn(1040, 144, dtype=dtype, seed=1)
     rows = some(32 if axis == "rows" else 144, 16)
     first = ops.salient_wgrad(dy, x, rows, axis)
@@ -153,9 +175,10 @@ def test_more_than_two_to_the_31_elements_apart():
         (dict(rows=torch.tensor([0, 1], dtype=torch.int32)), "rows: got torch.int32"),
         (dict(axis="row"), "axis: got 'row'"),
         (dict(accumulate=True), "accumulate: needs `out`"),
-        (dict(out=torch.zeros(6, 9)), "out: got \\[6, 9\\]"),
-        (dict(out=torch.zeros(8, 6).T), "out: got .* needed \\[6, 8\\] with rows contiguous"),
-        (dict(out=torch.zeros(6, 8), compact=True), "out: got .* needed \\[2, 8\\]"),
+        (dict(out=torch.zeros(6, 9)), "out: got torch.float32 \\[6, 9\\]"),
+        (dict(out=torch.zeros(8, 6).T), "out: got .* needed torch.float32 \\[6, 8\\] with rows contiguous"),
+        (dict(out=torch.zeros(6, 8), compact=True), "out: got .* needed torch.float32 \\[2, 8\\]"),
+        (dict(out=torch.zeros(6, 8).bfloat16()), "out: got torch.bfloat16 .* needed torch.float32"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
@@ -187,39 +210,22 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.skipif(not interpreted(), reason="counts the accesses of interpreted kernels")
-def test_bytes_moved():
-    """Salient channels once and packed; two tiles of the product; its two splits written, read, and written as one.
-
-    Every tile of a split asks which of its slots are empty.
-    """
-    dy, x, rows = randn(1024, 80, dtype=torch.bfloat16), randn(1024, 256, dtype=torch.bfloat16, seed=1), some(80, 24)
+def test_bytes_moved(packs):
+    """Salient channels once and packed; the product's salient lines once, the gradient written once."""
+    dy, x, rows = randn(64, 80, dtype=torch.bfloat16), randn(64, 256, dtype=torch.bfloat16, seed=1), some(80, 24)
     with count_bytes() as moved:
         ops.salient_wgrad(dy, x, rows)
-    packed, tiles, splits, index = 2 * 1024 * 32, 2, 2, 8 * 24
-    product = tiles * packed + x.nbytes + tiles * splits * index
-    assert moved["read"] == 2 * 1024 * 24 + 64 * index + product + splits * 4 * 24 * 256 + index
-    assert moved["written"] == packed + splits * 4 * 32 * 256 + 2 * 24 * 256
-
-
-# The choice of splits, in plain integers
-
-splits = pytest.importorskip("longact_kernels.csrc_triton.salient_wgrad") if not interpreted() else None
+    searches = 8 * sum(count_of_probes(rows.tolist(), line) for line in range(80))
+    packing = 4 * 8 * 24 + 2 * 64 * 24
+    assert moved["read"] == packs * packing + searches + 2 * 24 * 256
+    assert moved["written"] == packs * 2 * 64 * 32 + 2 * 80 * 256
 
 
 @pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
-@settings(deadline=None)
-@given(M=st.integers(0, 200_000), P=st.integers(1, 8192), Q=st.integers(1, 8192), programs=st.integers(1, 304))
-def test_splits_cover_every_token_once(M, P, Q, programs):
-    config = splits.launch_config("sm_90", 2, aligned=True)
-    count, tokens = splits.split_tokens(M, P, Q, config, programs)
-    assert tokens % config["BLOCK_M"] == 0
-    assert (count - 1) * tokens < max(M, 1) <= count * tokens
-
-
-@pytest.mark.skipif(interpreted(), reason="the same without the interpreter")
-def test_tokens_are_split_where_tiles_alone_would_leave_the_gpu_idle():
-    config = splits.launch_config("sm_90", 2, aligned=True)
-    tiles_of_k = -(-320 // config["BLOCK_P"]) * (4096 // config["BLOCK_Q"])
-    count, _ = splits.split_tokens(32_768, 320, 4096, config, 132)  # Qwen3-8B's k_proj at density 0.3
-    assert tiles_of_k < 132 / 2 and count * tiles_of_k > 132
-    assert splits.split_tokens(2_048, 8_192, 8_192, config, 132)[0] == 1
+def test_packing_is_predicted_to_pay_where_it_saves_long_products():
+    pays = pytest.importorskip("longact_kernels.csrc_triton.salient_wgrad").pays
+    assert pays(32_768, 4096, 1232, 4096, 2)  # Qwen3-8B's q_proj at density 0.3 ...
+    assert pays(32_768, 1024, 320, 4096, 2) and pays(2_048, 4096, 1232, 4096, 2)
+    assert not pays(2_048, 576, 176, 576, 2)  # ... and SmolLM2's
+    assert not pays(32_768, 4096, 4096, 4096, 2)  # all channels: nothing is saved
+    assert pays(2_048, 576, 176, 576, 4)

@@ -17,12 +17,6 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs of a large tile run at a time on a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def matmul_precision(tensor: Tensor) -> str:
     """The `input_precision` that multiplies as torch does: IEEE fp32 unless the user allows TF32 on an NVIDIA GPU."""
     allowed = torch.backends.cuda.matmul.allow_tf32 and not torch.version.hip

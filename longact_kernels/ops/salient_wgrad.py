@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.device import matmul_precision, multiprocessors, target
 from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference.salient_wgrad import salient_wgrad as _reference
 
@@ -31,9 +30,10 @@ def salient_wgrad(
         dw[:, rows] = dy.T @ x[:, rows]         # axis="columns"
         db = dy.sum(0)                          # with bias: the whole gradient of the bias, which is never masked
 
-    Products are added up in fp32 and rounded once. Where the product is small and M is long, the tokens are split among
-    programs and the parts added in a fixed order: the same inputs give the same bits on the same kind of GPU. On a CPU
-    the product of 16-bit tensors is rounded to 16 bits, as PyTorch's is, before it is added to `out` or widened.
+    The salient channels are packed and multiplied by `torch.mm`, whose accuracy and bits these are: added up in fp32
+    and rounded once. Where the products saved are predicted to take less than the packing, all are multiplied and the
+    salient ones kept. On a CPU and on ROCm the product of 16-bit tensors is rounded to 16 bits before it is added to
+    `out` or widened.
 
     Args:
         dy: gradient of the output [M, N] in fp32, fp16 or bf16.
@@ -42,8 +42,8 @@ def salient_wgrad(
             channel, -1: zero in the compact form (where `accumulate` adds nothing to them), absent from the other one.
         axis: "rows" or "columns", along which the salient channels lie.
         compact: return fp32 [S, K] (rows) or [N, S] (columns), slot s belonging to channel `rows[s]`.
-        out: a tensor to write to, of the shape of the result, rows contiguous; channels outside the set keep their
-            values.
+        out: a tensor to write to, of the shape and dtype of the result, rows contiguous; channels outside the set keep
+            their values.
         accumulate: add to `out` instead of overwriting it.
         bias: return the gradient of the bias as well, [N] in the dtype of `dy`.
 
@@ -69,9 +69,11 @@ def salient_wgrad(
         shape = [dy.shape[1], x.shape[1]]
         if compact:
             shape[axis == "columns"] = len(rows)
-        if list(out.shape) != shape or out.stride(1) != 1:
+        dtype = torch.float32 if compact else dy.dtype
+        if list(out.shape) != shape or out.stride(1) != 1 or out.dtype != dtype:
             raise ValueError(
-                f"out: got {list(out.shape)} with strides {out.stride()}, needed {shape} with rows contiguous"
+                f"out: got {out.dtype} {list(out.shape)} with strides {out.stride()}, "
+                f"needed {dtype} {shape} with rows contiguous"
             )
         _salient_wgrad_(out, dy, x, rows, axis, compact, accumulate)
         dw = out
@@ -110,39 +112,40 @@ def _kernels(
 
     (M, N), K, S = dy.shape, x.shape[1], len(rows)
     columns = axis == "columns"
+    fill = not accumulate and (compact or out is None)
     if out is None:
         shape = (N, K) if not compact else (N, S) if columns else (S, K)
-        # Compact, every element is written.
-        fill = torch.empty if compact and N and K else torch.zeros
-        out = fill(shape, dtype=torch.float32 if compact else dy.dtype, device=dy.device)
+        out = dy.new_empty(shape, dtype=torch.float32 if compact else dy.dtype)
     if not (N and K and S):
-        return out
+        return out.zero_() if fill else out
 
-    dense, source = (t if t.stride(1) == 1 else t.contiguous() for t in ((dy, x) if columns else (x, dy)))
+    channels, other = (K, N) if columns else (N, K)
     # A multiple of 16 channels keeps every access aligned, whatever the size of the set.
-    packed = source.new_empty(M, -(-S // 16) * 16)
-    if M:
-        config = kernels.PACK_CONFIG
-        grid = (-(-M // config["BLOCK_M"]), -(-packed.shape[1] // config["BLOCK_S"]))
-        kernels.pack_kernel[grid](source, rows, packed, M, S, packed.shape[1], source.stride(0), **config)
+    P = -(-S // 16) * 16
+    packs = kernels.pays(M, channels, P, other, dy.itemsize)
+    left, right = dy, x
+    if packs:
+        source = x if columns else dy
+        source = source if source.stride(1) == 1 else source.contiguous()
+        packed = source.new_empty(M, P)
+        if M:
+            config = kernels.PACK_CONFIG
+            grid = (-(-M // config["BLOCK_M"]), -(-P // config["BLOCK_S"]))
+            kernels.pack_kernel[grid](source, rows, packed, M, channels, S, P, source.stride(0), **config)
+        left, right = (dy, packed) if columns else (packed, x)
+    product = _product(left.t(), right, wide=compact or accumulate)
 
-    a, b = (dense, packed) if columns else (packed, dense)
-    P, Q = a.shape[1], b.shape[1]
-    aligned = all(size % 16 == 0 for size in (P, Q, a.stride(0), b.stride(0)))
-    config = kernels.launch_config(target(dy.device), dy.itemsize, aligned)
-    splits, tokens = kernels.split_tokens(M, P, Q, config, multiprocessors(dy.device))
-    direct = compact and splits == 1 and not accumulate and out.shape == (P, Q) and out.is_contiguous()
-    partial = out if direct else dy.new_empty((splits, P, Q), dtype=torch.float32)
-    tiles = -(-P // config["BLOCK_P"]) * -(-Q // config["BLOCK_Q"])
-    kernels.wgrad_kernel[(tiles, splits)](
-        a, b, rows, partial, M, P, Q, S, tokens, a.stride(0), b.stride(0),
-        COLUMNS=columns, PRECISION=matmul_precision(dy), **config,
+    R, C = out.shape
+    config = kernels.SCATTER_CONFIG
+    kernels.scatter_kernel[(-(-R // config["BLOCK_R"]), -(-C // config["BLOCK_C"]))](
+        product, rows, out, R, C, S, channels, S.bit_length(), product.stride(0), out.stride(0),
+        COLUMNS=columns, COMPACT=compact, WHOLE=not packs, ACCUMULATE=accumulate, FILL=fill, **config,
     )  # fmt: skip
-    if not direct:
-        config = kernels.REDUCE_CONFIG[axis]
-        outer, inner = (N, S) if columns else (S, K)
-        kernels.reduce_kernel[(outer, -(-inner // config["BLOCK_S"]))](
-            partial, None if compact else rows, out, splits, inner, Q, P * Q, out.stride(0),
-            COLUMNS=columns, ACCUMULATE=accumulate, **config,
-        )  # fmt: skip
     return out
+
+
+def _product(left: Tensor, right: Tensor, wide: bool) -> Tensor:
+    """`left @ right`; if `wide`, in fp32 where the library gives it."""
+    if wide and left.is_cuda and not torch.version.hip and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
