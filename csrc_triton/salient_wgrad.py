@@ -76,18 +76,12 @@ def scatter_kernel(
     """Writes or adds the product's salient lines to their places in `out`."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if COLUMNS:
-        line = offs_c
-    else:
-        line = offs_r
+    line = offs_c if COLUMNS else offs_r
     # A line that is not found is never read: the other operand's Inf has made the packed zeros of empty slots NaN.
     if COMPACT:
         channel = tl.load(index_ptr + line, mask=line < S, other=-1)
         found = (channel >= 0) & (channel < channels)
-        if WHOLE:
-            source = channel.to(tl.int32)
-        else:
-            source = line
+        source = channel.to(tl.int32) if WHOLE else line
     else:
         # How many slots lie before the line's own one, which the search passes if there is one.
         slot = tl.zeros_like(line)
@@ -97,10 +91,7 @@ def scatter_kernel(
             channel = tl.load(index_ptr + beyond - 1, mask=beyond <= S, other=channels)
             slot = tl.where(channel < line, beyond, slot)
             found |= (channel == line) & (beyond <= S)
-        if WHOLE:
-            source = line
-        else:
-            source = slot
+        source = line if WHOLE else slot
     if COLUMNS:
         product_ptrs = product_ptr + offs_r.to(tl.int64)[:, None] * stride_product + source[None, :]
         found = found[None, :]
@@ -112,10 +103,7 @@ def scatter_kernel(
     value = tl.load(product_ptrs, mask=found & inside, other=0.0).to(tl.float32)
     if ACCUMULATE:
         value += tl.load(out_ptrs, mask=found & inside, other=0.0).to(tl.float32)
-    if FILL:
-        written = inside
-    else:
-        written = found & inside
+    written = inside if FILL else found & inside
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=written)
 
 
