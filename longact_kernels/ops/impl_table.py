@@ -1,4 +1,4 @@
-"""Whether `linear_stats` runs fused or separate on a GPU: as `longact tune` measured it, else as predicted."""
+"""Whether `linear_stats` runs fused or separate on a GPU: separate, unless `longact tune` measured fused as faster."""
 
 import functools
 import json
@@ -11,13 +11,6 @@ from typing import Literal, TypedDict
 from longact_kernels.warning import LongActWarning
 
 Impl = Literal["fused", "separate"]
-
-# Below this many input features the fused kernel is predicted to be the faster one. On paper the separate statistics
-# cost a share R / K of the product, with R the GPU's bf16 FLOP/s over its bytes/s (H100: 798e12 / 3.0e12), and the
-# fused kernel what a plain Triton product lacks against cuBLAS: 10% on H100 and 5% on A100 at n = 3072 and 2432, as
-# others report (github.com/triton-lang/triton, issues 3672 and 6523). Nothing of this is measured; GPUs not listed
-# stay separate.
-PREDICTED_FUSED_BELOW_K = {"sm_80": 2900, "sm_90": 2400}
 
 
 class Timing(TypedDict):
@@ -58,22 +51,20 @@ def measured() -> Table:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         warnings.warn(
-            f"{path} cannot be read ({error}); the predicted choices are used. Delete it, or run `longact tune` again",
+            f"{path} cannot be read ({error}); 'separate' is used throughout. Delete it, or run `longact tune` again",
             LongActWarning,
             stacklevel=2,
         )
         return {}
 
 
-def choose(table: Table, gpu: str, target: str, dtype: str, M: int, N: int, K: int) -> Impl:
-    """The faster one: of the measured shape nearest to this one, if the GPU was measured, else as predicted."""
+def choose(table: Table, gpu: str, dtype: str, M: int, N: int, K: int) -> Impl:
+    """The one that was faster at the measured shape nearest to this one; "separate" if the GPU was not measured."""
     timings = [timing for timing in table.get(gpu, []) if timing["dtype"] == dtype]
-    if timings:
-        nearest = min(timings, key=lambda t: sum(map(_octaves, (t["M"], t["N"], t["K"]), (M, N, K))))
-        return "fused" if nearest["fused_ms"] < nearest["separate_ms"] else "separate"
-    # IEEE fp32 products have no tensor cores to win with.
-    fused_below = 0 if dtype == "float32" else PREDICTED_FUSED_BELOW_K.get(target, 0)
-    return "separate" if fused_below <= K else "fused"
+    if not timings:
+        return "separate"
+    nearest = min(timings, key=lambda t: sum(map(_octaves, (t["M"], t["N"], t["K"]), (M, N, K))))
+    return "fused" if nearest["fused_ms"] < nearest["separate_ms"] else "separate"
 
 
 def _octaves(a: int, b: int) -> float:

@@ -42,8 +42,8 @@ def linear_stats(
         weight: [N, K], of x's dtype.
         bias: [N] or None.
         mask, cu_seqlens, l2: as in :func:`longact_kernels.ops.channel_stats`.
-        impl: "auto" takes the faster one for the GPU and the shape: as `longact tune` measured it on this machine,
-            else as the roofline predicts it. On a CPU it is "separate".
+        impl: "auto" is "fused" where `longact tune` measured that to be faster on this machine's GPU at the nearest
+            shape, and "separate" everywhere else.
 
     Returns:
         y [..., T, N], absmax fp32 [N], sumsq fp32 [B, N] ([0, N] if not `l2`).
@@ -105,7 +105,7 @@ def _choose(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> impl_table.
         return "separate"
     gpu, dtype = torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch.")
     M = x.shape[:-1].numel()
-    return impl_table.choose(impl_table.measured(), gpu, target(x.device), dtype, M, *weight.shape)
+    return impl_table.choose(impl_table.measured(), gpu, dtype, M, *weight.shape)
 
 
 def _fused(
