@@ -12,7 +12,7 @@ from longact_kernels.cpu.sparse_adamw import sparse_adamw_ as cpu
 from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
-NAMES = ("weights", "grads", "rows", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+NAMES = ("weights", "grads", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")
 HYPER = (torch.tensor(1e-2, dtype=torch.float64), 0.9, 0.99, 1e-8, 0.1)
 # Three steps of updates that bias correction raises to 16 lr, each with four roundings of 2^-24.
 SLACK = 3 * 16e-2 * 2**-22
@@ -45,7 +45,7 @@ def problem(
         weight = strided((N, K), dtype, generator, pitch)
         lists["weights"].append(weight)
         lists["grads"].append(strided(salient if compact_grad else (N, K), grad_dtype, generator, pitch))
-        lists["rows"].append(index)
+        lists["index"].append(index)
         lists["exp_avgs"].append((strided(held, torch.float32, generator, 0) * 0.1).to(moment))
         exp_avg_sq = strided(held, torch.float32, generator, 0).square() * 0.01 + 1e-3
         lists["exp_avg_sqs"].append(exp_avg_sq.to(moment))

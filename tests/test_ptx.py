@@ -14,7 +14,7 @@ from test_sparse_adamw import Case, check
 
 from longact_kernels.csrc_triton import channel_stats, sparse_adamw
 from longact_kernels.ops.channel_stats import _kernel as channel_stats_op
-from longact_kernels.ops.sparse_adamw import _kernel as sparse_adamw_op
+from longact_kernels.ops.sparse_adamw import GradLayout, Launcher
 from longact_kernels.reference.channel_stats import channel_stats as reference_stats
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference_adamw
 
@@ -64,6 +64,10 @@ def test_a_missing_barrier_in_channel_stats_shows(on_ptx):
 
 def tensors_of(case):
     return [tensor for tensors in case.held.values() for tensor in tensors]
+
+
+def sparse_adamw_op(call):
+    Launcher(call)(call, GradLayout.of(call.grads))
 
 
 def run_adamw(on_ptx, case, **options):

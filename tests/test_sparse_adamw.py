@@ -31,7 +31,7 @@ class Case:
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(len(shapes) + 7 * sum(map(sum, shapes)))
         self.axis, self.compact, dim = axis, compact, 0 if axis == "rows" else 1
-        held = {name: [] for name in ("weights", "grads", "rows", "exp_avgs", "exp_avg_sqs", "steps", "masters")}
+        held = {name: [] for name in ("weights", "grads", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")}
         for *shape, count in shapes:
             index = torch.randperm(shape[dim], generator=generator)[:count].sort().values
             index = torch.cat([torch.full((empty,), -1), index])
@@ -42,7 +42,7 @@ class Case:
                 "grads": (torch.randn(part if grad_compact else whole, generator=generator) / 8).to(
                     grad_dtype or dtype
                 ),
-                "rows": index,
+                "index": index,
                 "exp_avgs": (torch.randn(state, generator=generator) / 100).to(moment),
                 "exp_avg_sqs": (torch.rand(state, generator=generator) / 100).to(moment),
                 "steps": torch.randint(0, 3000, (state[dim],), generator=generator).int(),
@@ -80,7 +80,7 @@ def bits(tensor):
 
 def check(before, after, maximize=False, grad_scale=1.0, decay=DECAY):
     """Every salient channel against the formula in fp64, and all else bit for bit."""
-    for i, index in enumerate(before.held["rows"]):
+    for i, index in enumerate(before.held["index"]):
         index = index.cpu()
         places = (index >= 0).nonzero()[:, 0]
         index = index[places]
@@ -334,7 +334,7 @@ def test_bad_arguments_are_named():
     refuse("axis: got 'diagonal'", axis="diagonal")
     refuse(r"lists of one length", steps=[])
     refuse(r"grads\[0\].*\[6, 16\] or \[3, 16\]", grads=[torch.zeros(5, 16)])
-    refuse(r"rows\[0\]: got torch.int32", rows=[torch.arange(3, dtype=torch.int32)])
+    refuse(r"index\[0\]: got torch.int32", index=[torch.arange(3, dtype=torch.int32)])
     refuse(r"weights\[0\]: got torch.float64", weights=[torch.zeros(6, 16, dtype=torch.float64)])
     refuse(r"weights\[0\]: got .* with strides \[1, 6\]", weights=[torch.zeros(16, 6).t()])
     refuse(r"exp_avgs\[0\]: got \[3, 16\].*needed \[6, 16\]", exp_avgs=[torch.zeros(3, 16)])
@@ -345,7 +345,7 @@ def test_bad_arguments_are_named():
 
     case = Case([(6, 16, 3)], torch.float32)
     case.held["grads"] = [torch.zeros(6, 16, device="meta")]
-    with pytest.raises(ValueError, match=r"one device needed, got .*meta"):
+    with pytest.raises(ValueError, match=r"grads\[0\]: got one on meta, needed"):
         case.run()
 
 
@@ -380,15 +380,67 @@ def test_offsets_beyond_2_31_elements(axis):
     check(before, case)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="looks into the launcher of the kernel")
-def test_the_table_is_built_once():
-    from longact_kernels.ops.sparse_adamw import _table
+def plan_of(case):
+    held = {name: tensors for name, tensors in case.held.items() if name != "grads"}
+    return ops.AdamWPlan(**held, compact=case.compact, axis=case.axis)
 
-    case = Case([(8, 16, 2)], torch.float32)
-    case.run()
-    built = _table.cache_info().misses
-    case.run()
-    assert _table.cache_info().misses == built
-    case.held["grads"][0] = case.held["grads"][0].clone()
-    case.run()
-    assert _table.cache_info().misses == built + 1
+
+@pytest.mark.parametrize("axis, compact, master", [("rows", False, True), ("columns", True, False)])
+def test_a_plan_takes_the_steps_of_the_functional_form(axis, compact, master):
+    case = Case([(24, 32, 5), (8, 64, 3)], torch.bfloat16, axis=axis, compact=compact, master=master)
+    other, lr = case.copy(), torch.tensor(LR, device=DEVICE)
+    plan, grads = plan_of(case), []
+    for step in range(4):
+        # New gradients at new addresses; compact ones of another dtype; the old addresses again, and the sets changed.
+        if step == 1:
+            dim = 0 if axis == "rows" else 1
+            salient = zip(other.held["grads"], other.held["index"], strict=True)
+            other.held["grads"] = [grad.index_select(dim, index).float() for grad, index in salient]
+        if step < 3:
+            grads = [grad.clone() for grad in other.held["grads"]]
+        else:
+            for ours, theirs in zip(case.held["index"], other.held["index"], strict=True):
+                theirs.copy_(torch.arange(len(theirs), device=DEVICE))
+                ours.copy_(theirs)
+        plan.step(grads, lr, BETA1, BETA2, EPS, DECAY)
+        other.run()
+    for name in ("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters"):
+        for ours, theirs in zip(case.held[name], other.held[name], strict=True):
+            assert torch.equal(bits(ours), bits(theirs)), name
+
+
+def test_a_plan_tells_whether_it_fits():
+    case = Case([(6, 16, 3), (6, 16, 2)], torch.float32, master=True)
+    plan = plan_of(case)
+    lists = [case.held[name] for name in ("weights", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")]
+    assert plan.fits(*lists)
+    assert not plan.fits(*(tensors[:1] for tensors in lists))
+    for i, tensors in enumerate(lists):
+        moved = [[*tensors[:1], tensors[1].clone()] if i == j else own for j, own in enumerate(lists)]
+        assert not plan.fits(*moved)
+    lists[0][0].data = lists[0][0].clone()  # as FSDP and `module.to` do it
+    assert not plan.fits(*lists)
+
+
+def test_a_plan_checks_its_gradients():
+    case = Case([(6, 16, 3)], torch.float32)
+    plan, lr = plan_of(case), torch.tensor(LR, device=DEVICE)
+    before = case.copy()
+    for grads, message in (
+        ([], "grads: got 0, needed one for each of 1"),
+        ([torch.zeros(5, 16, device=DEVICE)], r"grads\[0\].*\[6, 16\] or \[3, 16\]"),
+        ([torch.zeros(6, 16, device=DEVICE).double()], r"grads\[0\]: got torch.float64"),
+        ([torch.zeros(6, 16, device="meta")], r"grads\[0\]: got one on meta"),
+    ):
+        for _ in range(2):  # what was refused once is refused again
+            with pytest.raises(ValueError, match=message):
+                plan.step(grads, lr, BETA1, BETA2, EPS, DECAY)
+    with pytest.raises(ValueError, match="eps: got -1"):
+        plan.step(case.held["grads"], lr, BETA1, BETA2, -1.0, DECAY)
+    with pytest.raises(ValueError, match=r"beta2: got 1\.0"):
+        plan.step(case.held["grads"], lr, BETA1, 1.0, EPS, DECAY)
+    assert torch.equal(before.held["weights"][0], case.held["weights"][0])
+    version = case.held["weights"][0]._version
+    plan.step(case.held["grads"], lr, BETA1, BETA2, EPS, DECAY)
+    assert case.held["weights"][0]._version > version  # autograd notices that a saved weight has changed
+    check(before, case)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,71 +19,84 @@ _BLOCK = 1 << 18
 
 def sparse_adamw_(call: AdamWCall) -> None:
     """See :func:`longact_kernels.ops.sparse_adamw_`."""
-    if call.found_inf is not None and call.found_inf.item():
-        return
-    if native.available() and _fits_native(call):
-        _native(call)
-    else:
-        _aten(call)
+    Prepared(call)(call)
 
 
-def _fits_native(call: AdamWCall) -> bool:
-    """Whether the native code reads these formats and layouts, and gives the bits that are wanted."""
-    if call.weights[0].dtype == torch.float16 or call.grads[0].dtype == torch.float16:
-        return False
-    along_rows = call.axis == "rows"
-    whole = [weight.shape for weight in call.weights]
-    if not along_rows and (call.compact or [grad.shape for grad in call.grads] != whole):
-        return False
-    # Whole sets are dense AdamW, and shall have its bits: ATen's square root (MKL's) is not always the nearest number.
-    dense = all(
-        index.numel() == shape[not along_rows] and not (index[:1] < 0).any()
-        for index, shape in zip(call.rows, whole, strict=True)
-    )
-    return not dense and all(stride[1] == 1 for stride in map(Tensor.stride, call.grads))
+class Prepared:
+    """Steps the weights of a call, and of all later ones with the same tensors but for the gradients."""
 
+    def __init__(self, call: AdamWCall):
+        self._along_rows = call.axis == "rows"
+        self._shapes = [weight.shape for weight in call.weights]
+        self._whole = all(
+            index.numel() == shape[not self._along_rows] for index, shape in zip(call.index, self._shapes, strict=True)
+        )
+        # Plain arrays, of which a step writes the gradients' part only: with many small weights the time would show.
+        lists = (call.weights, call.weights, call.index, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters)
+        self._addresses = array("q", [tensor.data_ptr() for tensors in lists for tensor in tensors])
+        self._sizes, self._tasks, self._scratch = array("q"), 0, 0
+        for weight, S in zip(call.weights, map(Tensor.numel, call.index), strict=True):
+            N, K = weight.shape
+            per_task = max(1, _TASK // max(1, K))
+            self._sizes.extend((N, K, S, weight.stride()[0], 0, 0, self._tasks, per_task, self._scratch))
+            self._tasks += -(-(S if self._along_rows else N) // per_task)
+            self._scratch += 0 if self._along_rows else 3 * K + 4
+        self._layout: Any = None
 
-def _native(call: AdamWCall) -> None:
-    from longact_kernels.cpu.native import sparse_adamw as kernels
+    def __call__(self, call: AdamWCall, layout: Any = None) -> None:
+        if call.found_inf is not None and call.found_inf.item():
+            return
+        if native.available() and self._fits_native(call):
+            self._native(call, layout)
+        else:
+            _aten(call)
 
-    along_rows = call.axis == "rows"
-    # Plain arrays and few calls of tensors' methods: with many small weights their time would show.
-    lists = (call.weights, call.grads, call.rows, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters)
-    addresses = array("q", [tensor.data_ptr() for tensors in lists for tensor in tensors])
-    sizes, tasks, scratch = array("q"), 0, 0
-    for weight, grad, S in zip(call.weights, call.grads, map(Tensor.numel, call.rows), strict=True):
-        (N, K), of_grad = weight.shape, grad.shape
-        per_task = max(1, _TASK // max(1, K))
-        strides = weight.stride()[0], grad.stride()[0]
-        sizes.extend((N, K, S, *strides, of_grad != (N, K), tasks, per_task, scratch))
-        tasks += -(-(S if along_rows else N) // per_task)
-        scratch += 0 if along_rows else 3 * K + 4
-    columns = torch.empty(scratch, dtype=torch.int64)
-    scale = 0.0 if call.grad_scale is None else call.grad_scale.item()
-    sign = -1 if call.maximize else 1
-    scalars = array("d", (call.lr.item(), call.beta1, call.beta2, call.eps, call.weight_decay, scale, sign))
-    args = (
-        *(values.buffer_info()[0] for values in (addresses, sizes, scalars)), columns.data_ptr(), len(call.weights),
-        *(tensors[0].dtype == torch.bfloat16 for tensors in (call.weights, call.grads, call.exp_avgs)),
-        bool(call.masters), call.compact, -1 if call.seed is None else call.seed & 0xFFFFFFFF, 0,
-    )  # fmt: skip
-    passes = [(kernels.column_factors, len(call.weights)), (kernels.columns, tasks)]
-    for kernel, count in [(kernels.rows, tasks)] if along_rows else passes:
-        if native.run(kernel, count, args)[-1]:
-            raise IndexError(f"rows: an index outside the weight's {call.axis}")
+    def _fits_native(self, call: AdamWCall) -> bool:
+        """Whether the native code reads these formats and layouts, and gives the bits that are wanted."""
+        if call.weights[0].dtype == torch.float16 or call.grads[0].dtype == torch.float16:
+            return False
+        if not self._along_rows and (call.compact or [grad.shape for grad in call.grads] != self._shapes):
+            return False
+        # Whole sets are dense AdamW, and shall have its bits: ATen's square root (MKL's) is not always the nearest
+        # number.
+        dense = self._whole and not any((index[:1] < 0).any() for index in call.index)
+        return not dense and all(stride[1] == 1 for stride in map(Tensor.stride, call.grads))
+
+    def _native(self, call: AdamWCall, layout: Any) -> None:
+        from longact_kernels.cpu.native import sparse_adamw as kernels
+
+        count = len(call.weights)
+        if layout is None or layout is not self._layout:
+            self._layout = layout
+            self._addresses[count : 2 * count] = array("q", map(Tensor.data_ptr, call.grads))
+            for i, (grad, shape) in enumerate(zip(call.grads, self._shapes, strict=True)):
+                self._sizes[9 * i + 4], self._sizes[9 * i + 5] = grad.stride()[0], grad.shape != shape
+        columns = torch.empty(self._scratch, dtype=torch.int64)
+        scale = 0.0 if call.grad_scale is None else call.grad_scale.item()
+        sign = -1 if call.maximize else 1
+        scalars = array("d", (call.lr.item(), call.beta1, call.beta2, call.eps, call.weight_decay, scale, sign))
+        args = (
+            *(values.buffer_info()[0] for values in (self._addresses, self._sizes, scalars)), columns.data_ptr(),
+            count, *(tensors[0].dtype == torch.bfloat16 for tensors in (call.weights, call.grads, call.exp_avgs)),
+            bool(call.masters), call.compact, -1 if call.seed is None else call.seed & 0xFFFFFFFF, 0,
+        )  # fmt: skip
+        passes = [(kernels.column_factors, count), (kernels.columns, self._tasks)]
+        for kernel, tasks in [(kernels.rows, self._tasks)] if self._along_rows else passes:
+            if native.run(kernel, tasks, args)[-1]:
+                raise IndexError(f"index: a channel outside the weight's {call.axis}")
 
 
 def _aten(call: AdamWCall) -> None:
     along = 0 if call.axis == "rows" else 1
     lr = call.lr.item()
     scratch = torch.empty(4, max(_BLOCK, *(max(weight.shape) for weight in call.weights)))
-    for i, (weight, index) in enumerate(zip(call.weights, call.rows, strict=True)):
+    for i, (weight, index) in enumerate(zip(call.weights, call.index, strict=True)):
         empty = int((index == -1).sum())
         index = index[empty:]
         if not len(index) or not weight.numel():
             continue
         if index[0] < 0 or index[-1] >= weight.shape[along]:
-            raise IndexError(f"rows: an index outside the weight's {call.axis}")
+            raise IndexError(f"index: a channel outside the weight's {call.axis}")
         compact_grad = call.grads[i].shape != weight.shape
         grad = call.grads[i].narrow(along, empty, len(index)) if compact_grad else call.grads[i]
         states = [states[i] for states in (call.exp_avgs, call.exp_avg_sqs, call.masters) if states]

@@ -1,53 +1,37 @@
 """`longact::sparse_adamw_`: AdamW over the salient rows or columns of many weights at once."""
 
-import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.dispatch import implementation
+from longact_kernels.ops.dispatch import launch, runs_triton, warn_reference
+from longact_kernels.ops.uploads import upload
 from longact_kernels.reference.sparse_adamw import AdamWCall
 from longact_kernels.reference.sparse_adamw import sparse_adamw_ as _reference
 
 
-def sparse_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    rows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    masters: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    compact: bool = False,
-    maximize: bool = False,
-    axis: str = "rows",
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
+def sparse_adamw_(*args: Any, **kwargs: Any) -> None:
     """One AdamW step on the salient channels of every weight, in place; all other channels keep their bits.
 
-    For each row `i` in a weight's `rows`, with its own step count τ (bias correction as if it were trained alone)::
+    For each row `i` in a weight's `index`, with its own step count τ (bias correction as if it were trained alone)::
 
         steps[i] += 1
         g = grad[i] / grad_scale
         m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g * g
         W = (1 - lr * weight_decay) * W - lr * (m / (1 - beta1**tau)) / (sqrt(v / (1 - beta2**tau)) + eps)
 
-    With `axis="columns"` read "column" for "row": it is the same on the transposed weights.
+    With `axis="columns"` read "column" for "row": it is the same on the transposed weights. Whoever steps the same
+    weights again and again makes an :class:`AdamWPlan`, whose step costs the host a fraction of this.
 
     Args:
         weights: [N, K] each, fp32, fp16 or bf16.
         grads: [N, K] each, fp32, fp16 or bf16, of which the salient rows are read; or [S, K], slot s belonging to row
-            `rows[s]` ([N, S] along columns). One of the weight's own shape is always taken as the former.
-        rows: int64 [S] each, ascending: the salient rows, or columns. It may begin with entries of -1, slots without a
+            `index[s]` ([N, S] along columns). One of the weight's own shape is always taken as the former.
+        index: int64 [S] each, ascending: the salient rows, or columns. It may begin with entries of -1, slots without a
             channel: nothing of theirs is read or written.
         exp_avgs, exp_avg_sqs: [N, K] each; if `compact`, [S, K] like such gradients ([N, S] along columns). All fp32,
             or all bf16, computed in fp32 and rounded at the end. Rounding to nearest stops most second moments at a
@@ -67,22 +51,133 @@ def sparse_adamw_(
             low 32 bits, the weight's place in the list, the element and its τ only: the same call gives the same bits.
 
     Raises:
+        ValueError: for lists, shapes, dtypes, numbers or an axis that do not fit, naming the argument.
+        IndexError: on a CPU, for an index outside its weight; nothing has changed then.
+    """
+    call = AdamWCall(*args, **kwargs)
+    _check_held(call)
+    _check_numbers(call)
+    if call.weights:
+        _check_grads(call)
+        torch.ops.longact.sparse_adamw_.default(*call)
+
+
+sparse_adamw_.__signature__ = inspect.signature(AdamWCall)  # type: ignore[attr-defined]
+
+
+class AdamWPlan:
+    """The weights of a step and what stays with them: checked once, and put into the kernel's table once.
+
+    `AdamWPlan(weights, index, exp_avgs, exp_avg_sqs, steps, masters).step(grads, lr, ...)` does what
+    :func:`sparse_adamw_` does, which explains the arguments. All tensors but the gradients, the learning rate and the
+    scaler's have to stay where they are, as :meth:`fits` tells; what they hold may change, the salient sets too.
+
+    Under CUDA graphs: what a graph reads of the plan's own stays valid as long as the graph does, even without the
+    plan. As with any graph, the tensors handed over must live on and stay where they are, gradients too: zero them in
+    place, or make them inside the captured part. A learning rate that changes between replays is a tensor on the
+    device, written in place. Nothing in a step waits for the device; warm-up, replays and eager calls may be on streams
+    of their own, if these wait for one another as the tensors need it.
+
+    Raises:
         ValueError: for lists, shapes, dtypes or an axis that do not fit, naming the argument.
     """
-    call = AdamWCall(
-        weights, grads, rows, exp_avgs, exp_avg_sqs, steps, masters, lr, beta1, beta2, eps, weight_decay,
-        compact, maximize, axis, grad_scale, found_inf, seed,
-    )  # fmt: skip
-    _check(call)
-    if weights:
-        torch.ops.longact.sparse_adamw_.default(*call)
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        index: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        masters: Sequence[Tensor] = (),
+        *,
+        compact: bool = False,
+        axis: str = "rows",
+    ):
+        lists = weights, index, exp_avgs, exp_avg_sqs, steps, masters
+        self._held: dict[str, list[Tensor]] = dict(zip(_HELD, map(list, lists), strict=True))
+        self._options: dict[str, Any] = dict(compact=compact, axis=axis)
+        call = self._call([])
+        _check_held(call)
+        self._addresses = _addresses(*lists)
+        self._changed = [tensor for name in _MUTATED for tensor in self._held[name]]
+        self._seen: GradLayout | None = None
+        self._run = _prepare(call) if weights else None
+
+    def fits(self, *lists: Sequence[Tensor]) -> bool:
+        """Whether the tensors, lists in the constructor's order, lie where the plan's do: one look at each address."""
+        return _addresses(*lists) == self._addresses
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        lr: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """One step on these gradients.
+
+        Raises:
+            ValueError: for gradients or numbers that do not fit, naming the argument.
+            IndexError: on a CPU, for an index outside its weight; nothing has changed then.
+        """
+        call = self._call(
+            list(grads), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize,
+            grad_scale=grad_scale, found_inf=found_inf, seed=seed,
+        )  # fmt: skip
+        _check_numbers(call)
+        if torch.compiler.is_compiling():
+            torch.ops.longact.sparse_adamw_.default(*call)
+            return
+        layout = GradLayout.of(call.grads)
+        if layout != self._seen:
+            if self._seen is None or layout.kinds != self._seen.kinds:
+                _check_grads(call)
+            self._seen = layout
+        if self._run is not None:
+            self._run(call, self._seen)
+            torch.autograd.graph.increment_version(self._changed)
+
+    def _call(self, grads: list[Tensor], **numbers: Any) -> AdamWCall:
+        arguments: dict[str, Any] = {**_NO_NUMBERS, **self._held, **self._options, **numbers}
+        return AdamWCall(grads=grads, **arguments)
+
+
+_HELD = ("weights", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+_MUTATED = ("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+_NO_NUMBERS: dict[str, Any] = dict(lr=torch.zeros(()), beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
+
+
+def _addresses(*lists: Sequence[Tensor]) -> list[list[int]]:
+    return [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+
+
+class GradLayout(NamedTuple):
+    """All that a kernel is told of gradients; a plan looks closer only when it has changed."""
+
+    addresses: list[int]
+    strides: list[tuple[int, ...]]
+    kinds: tuple[list[torch.Size], list[torch.dtype], list[torch.device]]
+
+    @classmethod
+    def of(cls, grads: list[Tensor]) -> "GradLayout":
+        return cls(
+            [grad.data_ptr() for grad in grads],
+            [grad.stride() for grad in grads],
+            ([grad.shape for grad in grads], [grad.dtype for grad in grads], [grad.device for grad in grads]),
+        )
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {
     "weights": _FLOATS,
-    "grads": _FLOATS,
-    "rows": (torch.int64,),
+    "index": (torch.int64,),
     "exp_avgs": (torch.float32, torch.bfloat16),
     "exp_avg_sqs": (torch.float32, torch.bfloat16),
     "steps": (torch.int32,),
@@ -90,13 +185,13 @@ _DTYPES = {
 }
 
 
-def _check(call: AdamWCall) -> None:
+def _check_held(call: AdamWCall) -> None:
     """List by list rather than weight by weight: with many small weights the time that it takes would show."""
     if call.axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {call.axis!r}, needed 'rows' or 'columns'")
-    lists = {name: getattr(call, name) for name in _DTYPES}
-    lengths = [len(tensors) for name, tensors in lists.items() if tensors or name != "masters"]
-    if len(set(lengths)) > 1:
+    lists = {name: getattr(call, name) for name in _HELD}
+    lengths = {name: len(tensors) for name, tensors in lists.items() if tensors or name != "masters"}
+    if len(set(lengths.values())) > 1:
         raise ValueError(f"sparse_adamw_: lists of one length needed, got {lengths}")
     devices = {tensor.device for tensors in lists.values() for tensor in tensors}
     if len(devices) > 1:
@@ -105,22 +200,41 @@ def _check(call: AdamWCall) -> None:
         _check_dtypes(name, tensors, _DTYPES[name])
     _check_dtypes("exp_avgs, exp_avg_sqs", call.exp_avgs[:1] + call.exp_avg_sqs[:1], _DTYPES["exp_avgs"])
 
-    whole = [weight.shape for weight in call.weights]
     for i, weight in enumerate(call.weights):
-        if len(whole[i]) != 2 or not _has_plain_rows(weight):
+        if weight.ndim != 2 or not _has_plain_rows(weight):
             raise _misfit("weights", i, weight, "[N, K], elements of a row next to one another")
-    slots = [index.numel() for index in call.rows]
-    _check_shapes("rows", call.rows, [(S,) for S in slots])
+    _check_shapes("index", call.index, [(index.numel(),) for index in call.index])
     along = 0 if call.axis == "rows" else 1
-    salient = [(S, K) if along == 0 else (N, S) for (N, K), S in zip(whole, slots, strict=True)]
-    for i, shape in enumerate([grad.shape for grad in call.grads]):
-        if shape != whole[i] and shape != salient[i]:
-            raise _misfit("grads", i, call.grads[i], f"{list(whole[i])} or {list(salient[i])}")
-    held = salient if call.compact else whole
+    held = _salient_shapes(call) if call.compact else [weight.shape for weight in call.weights]
     for name in ("exp_avgs", "exp_avg_sqs", "masters"):
         if lists[name]:
             _check_shapes(name, lists[name], held)
     _check_shapes("steps", call.steps, [(shape[along],) for shape in held])
+
+
+def _check_grads(call: AdamWCall) -> None:
+    if len(call.grads) != len(call.weights):
+        raise ValueError(f"grads: got {len(call.grads)}, needed one for each of {len(call.weights)} weights")
+    _check_dtypes("grads", call.grads, _FLOATS)
+    for i, (grad, weight, salient) in enumerate(zip(call.grads, call.weights, _salient_shapes(call), strict=True)):
+        if grad.device != weight.device:
+            raise ValueError(f"grads[{i}]: got one on {grad.device}, needed {weight.device}, where its weight is")
+        if grad.shape != weight.shape and grad.shape != salient:
+            raise _misfit("grads", i, grad, f"{list(weight.shape)} or {list(salient)}")
+
+
+def _check_numbers(call: AdamWCall) -> None:
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(call, name) < 1:
+            raise ValueError(f"{name}: got {getattr(call, name)}, needed a number of at least 0 and below 1")
+    for name in ("eps", "weight_decay"):
+        if not getattr(call, name) >= 0:
+            raise ValueError(f"{name}: got {getattr(call, name)}, needed a number of at least 0")
+
+
+def _salient_shapes(call: AdamWCall) -> list[tuple[int, int]]:
+    sizes = [(weight.shape, index.numel()) for weight, index in zip(call.weights, call.index, strict=True)]
+    return [(S, K) if call.axis == "rows" else (N, S) for (N, K), S in sizes]
 
 
 def _check_dtypes(name: str, tensors: list[Tensor], allowed: tuple[torch.dtype, ...]) -> None:
@@ -133,8 +247,6 @@ def _check_dtypes(name: str, tensors: list[Tensor], allowed: tuple[torch.dtype, 
 
 
 def _check_shapes(name: str, tensors: list[Tensor], shapes: Sequence[Sequence[int]]) -> None:
-    if [tensor.shape for tensor in tensors] == shapes and all(map(Tensor.is_contiguous, tensors)):
-        return
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if tensor.shape != shape or not tensor.is_contiguous():
             raise _misfit(name, i, tensor, f"{list(shape)}, contiguous")
@@ -144,23 +256,31 @@ def _misfit(name: str, i: int, tensor: Tensor, needed: str) -> ValueError:
     return ValueError(f"{name}[{i}]: got {list(tensor.shape)} with strides {list(tensor.stride())}, needed {needed}")
 
 
+def _prepare(call: AdamWCall) -> Callable[[AdamWCall, GradLayout], None]:
+    """What steps the weights of a call, and of all later ones with the same tensors but for the gradients."""
+    weight = call.weights[0]
+    if runs_triton(weight):
+        prepared = Launcher(call)
+        return lambda call, layout: launch(weight, prepared, call, layout)
+    if weight.is_cpu:
+        from longact_kernels.cpu.sparse_adamw import Prepared
+
+        return Prepared(call)
+    warn_reference("sparse_adamw_", weight.device.type)
+    return lambda call, layout: _reference(call)
+
+
 # Not `torch.library.custom_op`: with hundreds of tensors, what it adds to a call takes longer than small weights' step.
-_library = torch.library.Library("longact", "FRAGMENT")
-_library.define(
-    "sparse_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] rows, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] masters, Tensor lr, float beta1, float beta2, "
-    "float eps, float weight_decay, bool compact, bool maximize, str axis, Tensor? grad_scale, Tensor? found_inf, "
-    "int? seed) -> ()"
-)
-
-
-@torch.library.impl(_library, "sparse_adamw_", "CompositeExplicitAutograd")
-def _run(*args) -> None:
+def _run(*args: Any) -> None:
     call = AdamWCall(*args)
-    run = implementation("sparse_adamw_", call.weights[0], _kernel, _reference)
-    run(call)
-    for changed in (call.weights, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters):
-        torch.autograd.graph.increment_version(changed)
+    _prepare(call)(call, GradLayout.of(call.grads))
+    torch.autograd.graph.increment_version([tensor for name in _MUTATED for tensor in getattr(call, name)])
+
+
+_run.__signature__ = inspect.signature(AdamWCall).replace(return_annotation=None)  # type: ignore[attr-defined]
+_library = torch.library.Library("longact", "FRAGMENT")
+_library.define("sparse_adamw_" + torch.library.infer_schema(_run, mutates_args=_MUTATED))
+_library.impl("sparse_adamw_", _run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("longact::sparse_adamw_")
@@ -168,87 +288,108 @@ def _(*args) -> None:
     return None
 
 
-def _kernel(call: AdamWCall) -> None:
-    import triton.language as tl
+class Launcher:
+    """Launches the kernel on the tensors of a call, with a table of their addresses that is made once."""
 
-    from longact_kernels.csrc_triton.sparse_adamw import FIELDS, launch_config, sparse_adamw
+    def __init__(self, call: AdamWCall):
+        from longact_kernels.csrc_triton.sparse_adamw import FIELDS, LAYOUTS, launch_config
 
-    device, dtype, moment = call.weights[0].device, call.weights[0].dtype, call.exp_avgs[0].dtype
-    grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in call.grads]
-    grads = [grad if _has_plain_rows(grad) else grad.contiguous() for grad in grads]
-    held = list(zip(call.weights, grads, *call[2:6], call.masters or call.weights, strict=True))
-    columns = call.axis == "columns"
-    layout = "columns" if columns else "aligned" if all(map(_is_aligned, held)) else "unaligned"
-    config = launch_config(layout, moment.itemsize)
-    lines, programs = [], 0
-    for weight, grad, index, exp_avg, exp_avg_sq, step, master in held:
-        count = index.numel()
-        line = {
-            "weight": weight.data_ptr(),
-            "grad": grad.data_ptr(),
-            "channels": index.data_ptr(),
-            "exp_avg": exp_avg.data_ptr(),
-            "exp_avg_sq": exp_avg_sq.data_ptr(),
-            "steps": step.data_ptr(),
-            "master": master.data_ptr(),
-            "count": count,
-            "length": weight.shape[0 if columns else 1],
-            "stride_weight": weight.stride(0),
-            "stride_grad": grad.stride(0),
-            "stride_state": exp_avg.stride(0),
-            "grad_compact": int(grad.shape != weight.shape),
-            "state_compact": int(call.compact),
-            "first_program": programs,
-        }
-        lines.append(tuple(line[field] for field in FIELDS))
-        programs += -(-count // config["BLOCK_C"])
-    if programs == 0:
-        return
-    table, weight_of = _table(tuple(lines), config["BLOCK_C"], device)
-    scalars = (None if s is None else s.to(device, torch.float32) for s in (call.lr, call.grad_scale, call.found_inf))
-    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    sparse_adamw[(programs,)](
-        table, weight_of, *scalars, _log(call.beta1), _log(call.beta2), 1 - call.beta1, call.beta2, 1 - call.beta2,
-        call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
-        0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
-        WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[moment], HAS_MASTER=bool(call.masters),
-        COLUMNS=columns, ALIGNED=layout == "aligned", WIDTH=len(FIELDS), **config,
-    )  # fmt: skip
+        self._device = call.weights[0].device
+        columns = call.axis == "columns"
+        states = call.exp_avgs + call.exp_avg_sqs + call.masters
+        self._aligned = all(_is_aligned(t.data_ptr(), t.stride(0), t.shape[1]) for t in call.weights + states)
+        self._configs = {layout: launch_config(layout, call.exp_avgs[0].itemsize) for layout in LAYOUTS}
+        block = self._configs["columns" if columns else "aligned"]["BLOCK_C"]
+        lists = (call.weights, call.index, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters or call.weights)
+        lines, programs = [], [0]
+        for weight, index, exp_avg, exp_avg_sq, step, master in zip(*lists, strict=True):
+            line = {
+                "weight": weight.data_ptr(),
+                "channels": index.data_ptr(),
+                "exp_avg": exp_avg.data_ptr(),
+                "exp_avg_sq": exp_avg_sq.data_ptr(),
+                "steps": step.data_ptr(),
+                "master": master.data_ptr(),
+                "count": index.numel(),
+                "length": weight.shape[0 if columns else 1],
+                "stride_weight": weight.stride(0),
+                "stride_state": exp_avg.stride(0),
+                "state_compact": int(call.compact),
+                "first_program": programs[-1],
+            }
+            lines.append([line.get(field, 0) for field in FIELDS])
+            programs.append(programs[-1] - (-index.numel() // block))
+        self._programs = programs[-1]
+        self._table = torch.tensor(lines)
+        self._weight_of = torch.arange(len(lines), dtype=torch.int32).repeat_interleave(torch.tensor(programs).diff())
+        self._of_grads = [FIELDS.index(field) for field in ("grad", "stride_grad", "grad_compact")]
+        # By stream: only there is a copy in order with what uses it.
+        self._copies: dict[Any, tuple[GradLayout, Tensor, Tensor, str]] = {}
 
+    def __call__(self, call: AdamWCall, layout: GradLayout) -> None:
+        import triton.language as tl
 
-@functools.lru_cache(maxsize=64)
-def _table(lines: tuple[tuple[int, ...], ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kernel's table of addresses and sizes, and the table's line that each program works for.
+        from longact_kernels.csrc_triton.sparse_adamw import FIELDS, sparse_adamw
 
-    Kept until an address changes, so that a step neither builds nor copies anything.
-    """
-    from longact_kernels.csrc_triton.sparse_adamw import FIELDS
+        if self._programs == 0:
+            return
+        grads, dtype = call.grads, call.weights[0].dtype
+        if not (grads[0].dtype in (dtype, torch.float32) and all(stride[1] == 1 for stride in layout.strides)):
+            grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in grads]
+            grads = [grad if _has_plain_rows(grad) else grad.contiguous() for grad in grads]
+            layout = GradLayout.of(grads)
+        table, weight_of, kind = self._on_device(call, layout)
+        types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+        scalars = (self._scalar(name, getattr(call, name)) for name in ("lr", "grad_scale", "found_inf"))
+        sparse_adamw[(self._programs,)](
+            table, weight_of, *scalars, _log(call.beta1), _log(call.beta2), 1 - call.beta1, call.beta2,
+            1 - call.beta2, call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
+            0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
+            WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[call.exp_avgs[0].dtype],
+            HAS_MASTER=bool(call.masters), COLUMNS=kind == "columns", ALIGNED=kind == "aligned", WIDTH=len(FIELDS),
+            **self._configs[kind],
+        )  # fmt: skip
 
-    counts = torch.tensor([line[FIELDS.index("count")] for line in lines])
-    weight_of = torch.arange(len(lines), dtype=torch.int32).repeat_interleave((counts + block - 1) // block)
-    made = torch.tensor(lines), weight_of
-    if device.type != "cuda":
-        return made
-    # From pinned memory, the copy does not wait for the device.
-    pinned = [tensor.pin_memory() for tensor in made]
-    table = pinned[0].to(device, non_blocking=True), pinned[1].to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append((pinned, table))
-    return table
+    def _on_device(self, call: AdamWCall, layout: GradLayout) -> tuple[Tensor, Tensor, str]:
+        """The table, with these gradients in it; the line of it that each program works for; the tiles' layout."""
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        found = None if capturing else self._copies.get(stream)
+        if found is not None and found[0] == layout:
+            return found[1:]
+        table: Tensor = self._table.clone()
+        strides, shapes = [stride[0] for stride in layout.strides], layout.kinds[0]
+        compact = [shape != weight.shape for shape, weight in zip(shapes, call.weights, strict=True)]
+        table[:, self._of_grads] = torch.tensor([layout.addresses, strides, compact]).T
+        lengths = [shape[1] for shape in shapes]
+        aligned = self._aligned and all(map(_is_aligned, layout.addresses, strides, lengths))
+        kind = "columns" if call.axis == "columns" else "aligned" if aligned else "unaligned"
+        (table,) = upload(self._device, table)
+        (weight_of,) = upload(self._device, self._weight_of) if found is None else found[2:3]
+        if not capturing:
+            self._copies[stream] = layout, table, weight_of, kind
+        return table, weight_of, kind
 
-
-_captured: list[tuple] = []
-"""Tables that a CUDA graph copies anew, from these addresses, at every replay."""
+    def _scalar(self, name: str, value: Tensor | None) -> Tensor | None:
+        if value is None or value.device == self._device:
+            return value if value is None else value.to(torch.float32)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{name}: got a tensor on {value.device}, which a CUDA graph cannot follow; needed one on "
+                f"{self._device}, written in place"
+            )
+        # A number among the arguments of a launch: nothing waits for a copy.
+        return torch.full((), value.item(), dtype=torch.float32, device=self._device)
 
 
 def _has_plain_rows(tensor: Tensor) -> bool:
     return tensor.stride()[1] == 1 or tensor.shape[1] <= 1
 
 
-def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether every row of the matrices among a weight's tensors starts at a multiple of 16 bytes and of 8 elements."""
-    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 for t in matrices)
+def _is_aligned(address: int, stride: int, length: int) -> bool:
+    """Whether every row of a matrix starts at a multiple of 16 bytes and of 8 elements."""
+    return address % 16 == 0 and stride % 8 == 0 and length % 8 == 0
 
 
 def _log(beta: float) -> float:

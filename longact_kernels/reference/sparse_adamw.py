@@ -9,11 +9,11 @@ _MASK = 0xFFFFFFFF
 
 
 class AdamWCall(NamedTuple):
-    """The arguments of :func:`longact_kernels.ops.sparse_adamw_`, which explains them."""
+    """The arguments of :func:`longact_kernels.ops.sparse_adamw_`, which explains them; its schema is made of these."""
 
     weights: list[Tensor]
     grads: list[Tensor]
-    rows: list[Tensor]
+    index: list[Tensor]  # type: ignore[assignment]  # of which a tuple has a method
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
@@ -39,7 +39,7 @@ def sparse_adamw_(call: AdamWCall) -> None:
     if call.found_inf is not None and call.found_inf.item():
         return
     lr = call.lr.double()
-    for i, index in enumerate(call.rows):
+    for i, index in enumerate(call.index):
         masters = call.masters or call.weights
         tensors = call.weights[i], call.grads[i], call.exp_avgs[i], call.exp_avg_sqs[i], masters[i]
         weight, grad, exp_avg, exp_avg_sq, master = tensors if call.axis == "rows" else [t.t() for t in tensors]
