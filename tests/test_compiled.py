@@ -62,12 +62,12 @@ def test_the_table_and_its_json(monkeypatch, capsys):
     listed = kernels.rows(None)
     assert {(v.kernel, target) for v, target in listed} == {(k, t) for k in budgets.KERNELS for t in budgets.TARGETS}
     assert len(kernels.rows("sm_90")) > len(listed) / len(budgets.TARGETS)
-    monkeypatch.setattr(budgets, "rows", lambda target: listed[:1])
-    assert kernels.kernels_command(None, as_json=True) == 0
+    monkeypatch.setattr(kernels, "rows", lambda target: listed[:1])
+    assert kernels.main(["--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["compiled"][0]["registers"] > 0
     assert {p["gpu"] for p in answer["predicted"]} == set(budgets.GPUS)
-    assert kernels.kernels_command(None, as_json=False) == 0
+    assert kernels.main([]) == 0
     assert "Predicted, not measured" in capsys.readouterr().out
 
 
@@ -80,6 +80,5 @@ def test_predicted_costs_are_what_the_design_expects():
     assert salient.moved <= 0.31 * budgets.sparse_adamw_work(4096, 4096, 2, master=True).minimum
 
 
-def test_an_unknown_target_is_refused(capsys):
-    assert kernels.kernels_command("sm_9", as_json=True) == 2
-    assert "sm_90" in capsys.readouterr().err
+def test_an_unknown_target_is_refused(refused):
+    assert "sm_90" in refused("kernels", "--target", "sm_9")

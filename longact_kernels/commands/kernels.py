@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from longact_kernels.budgets import GPUS, KIB, TARGETS, Budget, budget, qwen3_8b, variants
+from longact_kernels.commands.console import Parser, Refusal
 from longact_kernels.csrc_triton.variant import Variant
 
 
@@ -17,22 +18,21 @@ def rows(target: str | None) -> list[tuple[Variant, str]]:
     return [(variant, name) for variant in listed for name in names if name in (variant.targets or TARGETS)]
 
 
-def kernels_command(target: str | None, as_json: bool) -> int:
-    """`longact kernels`: compiles the kernels, prints what they cost and what they are predicted to do.
+def main(argv: list[str]) -> int:
+    """Runs `longact kernels`; returns the exit status, 0.
 
-    Args:
-        target: a name in :data:`TARGETS`, for all variants on it; None for the main variants on every target.
-        as_json: print one JSON object in place of tables.
-
-    Returns:
-        The exit status.
+    Raises:
+        Refusal: bad input, or no triton to compile with.
     """
-    if target is not None and target not in TARGETS:
-        print(f"longact kernels: --target: got {target!r}, needed one of {', '.join(TARGETS)}", file=sys.stderr)
-        return 2
+    parser = Parser("longact kernels", description="Compiles the kernels for GPUs that need not be there.")
+    parser.add_argument(
+        "--target", choices=TARGETS, help="all variants on one architecture, such as sm_90, instead of the main ones"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    arguments = parser.parse_args(argv)
+    target = arguments.target
     if importlib.util.find_spec("triton") is None:
-        print("longact kernels: triton is not installed; `pip install triton` (Linux only)", file=sys.stderr)
-        return 2
+        raise Refusal("triton is not installed; run pip install triton (Linux only)")
     from rich.console import Console
     from rich.progress import track
 
@@ -52,7 +52,7 @@ def kernels_command(target: str | None, as_json: bool) -> int:
         for kernel, work in qwen3_8b().items()
         for name, gpu in gpus.items()
     ]
-    if as_json:
+    if arguments.json:
         print(json.dumps({"compiled": [asdict(b) for b in budgets], "predicted": predictions}, indent=1))
     else:
         _print_tables(budgets, predictions)

@@ -1,15 +1,14 @@
 """`longact tune`: measures both implementations of `linear_stats` on this GPU, for the table that "auto" follows."""
 
 import itertools
-import json
-import os
 import statistics
-import sys
 from collections.abc import Callable
 
 import torch
 
 from longact_kernels import ops
+from longact_kernels.commands.console import Parser, Refusal
+from longact_kernels.commands.files import write_json
 from longact_kernels.ops.impl_table import Table, Timing, measured, table_path
 
 # N and K of query and key projections: of Qwen3 0.6B, 1.7B, 4B and 8B, and Llama 3 70B. Others follow the nearest.
@@ -27,15 +26,17 @@ ROUNDS = 20
 WAIT = 5_000_000
 
 
-def tune_command() -> int:
-    """`longact tune`: measures, writes the table, and prints it; the measured choices hold from the next process on.
+def main(argv: list[str]) -> int:
+    """Runs `longact tune`: measures, writes the table, and prints it; the next process follows it. Returns 0.
 
-    Returns:
-        The exit status: 2 where there is no GPU to measure.
+    Raises:
+        Refusal: there is no GPU to measure.
     """
+    Parser(
+        "longact tune", description="Measures linear_stats on this GPU, for the choice that it makes by itself."
+    ).parse_args(argv)
     if not torch.cuda.is_available():
-        print("longact tune: needs a CUDA GPU (or a ROCm one), and torch sees none here", file=sys.stderr)
-        return 2
+        raise Refusal("needs a CUDA GPU (or a ROCm one), and torch sees none here")
     from rich.console import Console
     from rich.progress import track
 
@@ -76,12 +77,7 @@ def time_shape(dtype: torch.dtype, M: int, N: int, K: int) -> Timing:
 
 
 def save(table: Table) -> None:
-    """Writes the table whole or not at all."""
-    path = table_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f"{path.name}.{os.getpid()}")
-    written.write_text(json.dumps(table, indent=1))
-    written.replace(path)
+    write_json(table_path(), table)
     measured.cache_clear()
 
 

@@ -164,7 +164,7 @@ def test_of_all_warnings_it_shows_our_own():
     code = """
 import warnings
 import longact_kernels
-from longact_kernels.cli import quiet_libraries
+from longact_kernels.commands.console import quiet_libraries
 quiet_libraries()
 warnings.warn("transformers: all is deprecated")
 warnings.warn("numba is missing", longact_kernels.LongActWarning)

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from longact_kernels.cli import main
 from longact_kernels.commands.inspect.channels import Statistics, bounds, find_parts, hooked
-from longact_kernels.commands.perturb import command as module
-from longact_kernels.commands.perturb.command import Clamp, Perturbation
+from longact_kernels.commands.perturb import run as module
+from longact_kernels.commands.perturb.command import parser
+from longact_kernels.commands.perturb.run import Clamp, Perturbation
 from longact_kernels.commands.train.evaluate import evaluate
 from longact_kernels.tasks.rewards import string_match
 
@@ -127,7 +128,8 @@ def test_the_losses_are_those_of_a_model_clamped_by_hand(place, plain, outputs, 
 
 
 def test_answers_come_from_the_clamped_model(place, plain, outputs):
-    perturbation = Perturbation(words(place, "--output", place / "unused"), Console())
+    arguments = parser().parse_args(words(place, "--output", place / "unused"))
+    perturbation = Perturbation(arguments, Console())
     values = ranking(outputs, "absmax")
     rows = {name: extreme(found, 1) for name, found in values.items()}
     parts = perturbation.subject.parts
@@ -158,7 +160,9 @@ def logits_of(model, answer) -> torch.Tensor:
 
 
 def test_random_channels_come_from_their_seed(place):
-    perturbation = Perturbation(words(place, "--seeds", "0,1", "--output", place / "unused"), Console())
+    perturbation = Perturbation(
+        parser().parse_args(words(place, "--seeds", "0,1", "--output", place / "unused")), Console()
+    )
     saliency = torch.arange(float(bounds(perturbation.subject.parts)[-1][1]))
     first, again = (list(perturbation.arms(saliency)) for _ in range(2))
     assert all(torch.equal(a.clamped, b.clamped) for a, b in zip(first, again, strict=True))

@@ -21,12 +21,12 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
+from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.estimates import compare, estimate
 from longact_kernels.commands.study.jobs import moved
 from longact_kernels.commands.study.recall import PRETRAINING, Recall, generator_of, make_base, sequences
 from longact_kernels.commands.study.report import rows_of
-from longact_kernels.commands.train.callbacks import read_metrics
 
 STUDIES = Path(__file__).parents[2] / "configs" / "study"
 BASE = dict(pairs=4, value_tokens=1, hidden_size=32, heads=2, key_value_heads=1, head_dim=8, stop_at=0.1, prompts=32)

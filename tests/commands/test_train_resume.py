@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longact_kernels.commands.train import run as driver
+from longact_kernels.commands.console import INTERRUPTED
+from longact_kernels.commands.train import command
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.folder import RunFolder
 
@@ -75,17 +76,17 @@ def runs(request, folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         rewarding(patch)
-        assert driver.train(arguments(folder, root / "whole", *more)) == 0
+        assert command.main(arguments(folder, root / "whole", *more)) == 0
         rewarding(patch, step)
         printed = []
-        patch.setattr(driver.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
-        assert driver.train(arguments(folder, root / "stopped", *more)) == driver.INTERRUPTED
+        patch.setattr(command.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
+        assert command.main(arguments(folder, root / "stopped", *more)) == INTERRUPTED
         rewarding(patch)
-        command = shlex.split(printed[-1])
-        assert command[:2] == ["longact", "train"]
+        shown = shlex.split(printed[-1])
+        assert shown[:2] == ["longact", "train"]
         assert [path.name for path in (root / "stopped").glob("checkpoint-*")].count(f"checkpoint-{step}") == 1
         assert not (root / "stopped" / f"checkpoint-{step + 1}").exists()
-        assert driver.train(command[2:]) == 0
+        assert command.main(shown[2:]) == 0
     return root / "whole", root / "stopped"
 
 
@@ -171,7 +172,7 @@ def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
     more = ["--state", held["state"], "--selection", held["selection"], "--statistic", held["statistic"]]
     more += ["--refresh_every", str(held["refresh_every"])] + ([] if held["longact"] else ["--no-longact"])
     more += ["--moments", held["moments"], "--stochastic_rounding", str(held["stochastic_rounding"])]
-    assert driver.train(arguments(folder, run, *more, "--resume")) == 0
+    assert command.main(arguments(folder, run, *more, "--resume")) == 0
     assert not (run / f"checkpoint-{STEPS + 1}").exists()
     assert kept == {name: (run / name).read_bytes() for name in kept}
 

@@ -1,178 +1,35 @@
-"""`longact eval`: one model, two models side by side, or a training run before and after."""
+"""`longact eval`: its arguments."""
 
-import argparse
-import json
-import os
-import re
-import sys
-from dataclasses import asdict
-from pathlib import Path
-
-import torch
-from datasets import disable_progress_bars
-from rich.console import Console
-from transformers.utils import logging
-
-from longact_kernels.commands.eval.compare import Difference, compare
-from longact_kernels.commands.eval.evaluate import Subject, quiet_lm_eval
-from longact_kernels.commands.eval.report import (
-    comparison_table,
-    draw_comparison,
-    draw_scores,
-    heading,
-    remarks,
-    score_table,
-    shown,
-)
-from longact_kernels.commands.eval.results import Cell, ResultFolder, write_json
-from longact_kernels.commands.eval.tasks import RULER, names_of
-from longact_kernels.commands.train.callbacks import progress_bar
-
-BAD_INPUT = 2
-INTERRUPTED = 130
+from longact_kernels.commands.console import Parser, refusing
 
 
-def eval_command(arguments: argparse.Namespace) -> int:
-    """Runs `longact eval`; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C.
-
-    Args:
-        arguments: `model`, `compare`, `tasks`, `lengths`, `limit`, `batch_size`, `output`; see `longact eval --help`.
-    """
-    console = Console(file=sys.stdout)
-    quiet_lm_eval()
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        run(arguments, console)
-        return 0
-    except ValueError as error:
-        print(f"longact eval: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except torch.OutOfMemoryError:
-        print(f"longact eval: error: batch_size: {arguments.batch_size} does not fit into memory", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        return INTERRUPTED
-
-
-def run(arguments: argparse.Namespace, console: Console) -> None:
-    lengths = lengths_of(arguments.lengths)
-    for name in ("limit", "batch_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, needed 1 or more")
-    labels, models, output = what_to_evaluate(arguments)
-    places = []
-    if not all(ResultFolder.is_one(Path(model)) for model in models):
-        places = [
-            (task, length) for task in names_of(arguments.tasks) for length in (lengths if task in RULER else [None])
-        ]
-    results: list[list[Cell]] = []
-    first: Subject | None = None
-    for label, model in zip(labels, models, strict=True):
-        if ResultFolder.is_one(Path(model)):
-            results.append(ResultFolder(Path(model)).cells())
-            continue
-        with console.status(f"looking at {model}"):
-            subject = Subject(model, output / label if len(models) > 1 else output, arguments.batch_size)
-        first = first or subject
-        cells = evaluate_subject(subject, places, arguments.limit, first, console)
-        subject.unload()
-        results.append(cells)
-        draw_scores(subject.results.path / "scores.png", model, cells)
-        if len(models) == 1:
-            console.print(f"\n{model}: scores in percent ± standard error", highlight=False, soft_wrap=True)
-            console.print(score_table(cells))
-            for line in remarks(cells):
-                console.print(f"• {line}", highlight=False, markup=False)
-    written = [output / "scores.png", output / "results.json"]
-    if len(models) == 2:
-        written = finish_comparison(results, labels, models, output, console)
-    for path in written:
-        console.print(path, soft_wrap=True, markup=False)
-
-
-def what_to_evaluate(arguments: argparse.Namespace) -> tuple[list[str], list[str], Path]:
-    """Labels, models (or folders of earlier results), and the folder to write to.
+def main(argv: list[str]) -> int:
+    """Runs `longact eval`; returns the exit status: 0, or 130 after Ctrl-C.
 
     Raises:
-        ValueError: none is named, too many are, or a run has no model yet.
+        Refusal: bad input.
     """
-    if (arguments.model is None) == (arguments.compare is None):
-        raise ValueError("name either one MODEL or --compare A B; see longact eval --help")
-    output = Path(arguments.output) if arguments.output else None
-    if arguments.compare:
-        a, b = arguments.compare
-        labels = [slug(a), slug(b)] if slug(a) != slug(b) else [f"a-{slug(a)}", f"b-{slug(b)}"]
-        return labels, [a, b], output or Path("runs/eval") / f"{slug(a)}-vs-{slug(b)}"
-    run = Path(arguments.model)
-    if not (run / "run.json").is_file():
-        return [slug(arguments.model)], [arguments.model], output or Path("runs/eval") / slug(arguments.model)
-    if not (run / "model").is_dir():
-        raise ValueError(f"model: the run {run} has not come to its end, so that it has no model yet")
-    base = json.loads((run / "run.json").read_text())["model"]
-    return ["before", "after"], [base, str(run / "model")], output or run / "eval"
+    arguments = parser().parse_args(argv)
+    from longact_kernels.commands.eval.run import run
+
+    with refusing():
+        return run(arguments)
 
 
-def slug(model: str) -> str:
-    """A model's last two names, as a folder's name."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(Path(os.path.normpath(model)).parts[-2:])).strip("-")
-
-
-def lengths_of(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise ValueError(f"lengths: got {text!r}, needed numbers of tokens such as 1024,4096")
-    return lengths
-
-
-def evaluate_subject(
-    subject: Subject, places: list[tuple], limit: int | None, sized_by: Subject, console: Console
-) -> list[Cell]:
-    """All cells of a model, with a bar over them and one over the answers of the one under way."""
-    cells: list[Cell] = []
-    # From here on the folder is this model's, so that a call that is stopped can be gone on with.
-    subject.results.write(cells)
-    with progress_bar(console) as bar:
-        all_of_it = bar.add_task(subject.name, total=len(places), note="")
-        answers = bar.add_task("answers", total=None, note="")
-
-        def begin(total: int) -> None:
-            bar.reset(answers, total=total)
-
-        subject.begin, subject.advance = begin, lambda: bar.advance(answers)
-        for task, length in places:
-            where = task if length is None else f"{task} at {heading(length)}"
-            bar.update(all_of_it, note=where)
-            cell = subject.cell(task, length, limit, sized_by)
-            cells.append(cell)
-            subject.results.write(cells)
-            bar.advance(all_of_it)
-            outcome = f"left out: {cell.skipped}" if cell.skipped else f"{shown(cell)} ({len(cell.samples)} documents)"
-            line = f"{subject.name}  {where}: {outcome}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return cells
-
-
-def finish_comparison(
-    results: list[list[Cell]], labels: list[str], models: list[str], output: Path, console: Console
-) -> list[Path]:
-    """Shows and writes the comparison; returns what was written."""
-    differences: list[Difference] = compare(*results)
-    console.print(f"\nA = {models[0]}\nB = {models[1]}\nscores in percent", highlight=False, soft_wrap=True)
-    console.print(comparison_table(differences))
-    for line in dict.fromkeys(remarks(results[0]) + remarks(results[1])):
-        console.print(f"• {line}", highlight=False, markup=False)
-    content = {
-        "a": models[0],
-        "b": models[1],
-        "interval": "95%, paired percentile bootstrap over documents",
-        "differences": [{**asdict(row), "difference": row.difference} for row in differences],
-    }
-    write_json(output / "comparison.json", content)
-    draw_comparison(output / "comparison.png", labels[0], labels[1], differences)
-    return [output / "comparison.png", output / "comparison.json"]
+def parser() -> Parser:
+    parser = Parser("longact eval", description="Evaluates a model on long-context tasks, by lm-evaluation-harness.")
+    parser.add_argument("model", nargs="?", help="Hub name, local folder, smollm2, or the folder of a training run")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, or folders of earlier results")
+    parser.add_argument(
+        "--tasks",
+        default="ruler",
+        help="ruler (its 13 tasks), longbench2 (lm-eval's: likelihood of the choices), longbench2_generate (the "
+        "official form: an answer is generated), or any of lm-eval, separated by commas (ruler)",
+    )
+    parser.add_argument(
+        "--lengths", default="4096", help="lengths in tokens of RULER's tasks, such as 1024,4096 (4096)"
+    )
+    parser.add_argument("--limit", type=int, help="documents of each task and length (all: 500 of RULER's)")
+    parser.add_argument("--batch_size", type=int, default=4, help="prompts at a time (4)")
+    parser.add_argument("--output", help="folder for results.json, table and picture (runs/eval/MODEL, or RUN/eval)")
+    return parser

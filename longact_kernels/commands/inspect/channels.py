@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from longact_kernels.functional import channel_stats, select
 from longact_kernels.models import find_projections
 
-STATISTICS = ("absmax", "l2")
-
 
 class Part(NamedTuple):
     """The query or the key channels of one projection.

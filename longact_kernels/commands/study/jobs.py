@@ -19,12 +19,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
 
-from longact_kernels.commands.eval.results import read_json, write_json, write_whole
+from longact_kernels.commands.console import INTERRUPTED
+from longact_kernels.commands.files import read_json, read_metrics, write_json, write_whole
 from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import make_base
 from longact_kernels.commands.train.arguments import parse
-from longact_kernels.commands.train.callbacks import read_metrics
-from longact_kernels.commands.train.run import INTERRUPTED, Run, build_longact, small_model
+from longact_kernels.commands.train.run import Run, build_longact, small_model
 from longact_kernels.models import find_projections
 
 

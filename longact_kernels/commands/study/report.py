@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from longact_kernels.commands.eval.results import write_json, write_whole
+from longact_kernels.commands.files import write_json, write_whole
 from longact_kernels.commands.study.config import DENSE, Study
 from longact_kernels.commands.study.estimates import Comparison, Estimate, compare, estimate
 from longact_kernels.commands.study.figures import curves, scores

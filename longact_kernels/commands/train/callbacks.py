@@ -8,25 +8,10 @@ from types import FrameType
 
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with elapsed and remaining time, and the task's `note` field behind its name."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        # Steps are long: an estimate from the last 30 seconds, rich's default, would see one of them or none.
-        speed_estimate_period=3600,
-        disable=not console.is_terminal,
-    )
+from longact_kernels.commands.console import progress_bar
+from longact_kernels.commands.files import read_metrics
 
 
 class MetricsFile(TrainerCallback):
@@ -65,17 +50,6 @@ class MetricsFile(TrainerCallback):
         self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a `metrics.jsonl`; none if there is no file. A last line that was cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 class TrainingProgress(TrainerCallback):

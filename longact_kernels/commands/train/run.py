@@ -1,14 +1,10 @@
-"""`longact train`: checks everything, then evaluates, trains, evaluates again and writes the report."""
+"""A run of `longact train`: it checks everything, then evaluates, trains, evaluates again and writes the report."""
 
-import os
-import shlex
-import sys
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 from accelerate.utils import gather_object
-from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import (
     PreTrainedModel,
@@ -18,19 +14,14 @@ from transformers import (
     Qwen3ForCausalLM,
     TrainerCallback,
 )
-from transformers.utils import logging
 from trl import GRPOConfig
 from trl.rewards import get_soft_overlong_punishment
 
 from longact_kernels import LongAct
-from longact_kernels.commands.train.arguments import TrainArguments, parse
-from longact_kernels.commands.train.callbacks import (
-    GracefulInterrupt,
-    MetricsFile,
-    TrainingProgress,
-    progress_bar,
-    read_metrics,
-)
+from longact_kernels.commands.console import hide_library_bars, progress_bar
+from longact_kernels.commands.files import read_metrics
+from longact_kernels.commands.train.arguments import TrainArguments
+from longact_kernels.commands.train.callbacks import GracefulInterrupt, MetricsFile, TrainingProgress
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
@@ -39,34 +30,6 @@ from longact_kernels.integrations.transformers import load_model
 from longact_kernels.integrations.trl import LongActGRPOTrainer
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.rewards import Reward, load_reward, string_match_any
-
-BAD_INPUT = 2
-INTERRUPTED = 130
-
-
-def train(argv: list[str]) -> int:
-    """Runs `longact train` with these arguments; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        arguments, training = parse(argv)
-        run = Run(arguments, training, Console(quiet=training.process_index > 0))
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"longact train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:  # nothing has begun
-        return INTERRUPTED
-    try:
-        with run.interrupt:
-            before = run.train()
-        if not run.interrupt.asked:
-            run.finish(before, run.evaluate("after"))
-            return 0
-    except KeyboardInterrupt:
-        pass
-    command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
-    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with")
-    run.console.print(command, soft_wrap=True, markup=False, highlight=False)
-    return INTERRUPTED
 
 
 class Run:
@@ -90,8 +53,7 @@ class Run:
         prompts = read_sources(arguments)
         self.interrupt = GracefulInterrupt(console)
         self.progress = TrainingProgress(console)
-        disable_progress_bars()
-        logging.disable_progress_bar()
+        hide_library_bars()
         with console.status(f"loading {arguments.model}"):
             self.model, self.tokenizer = load_model(
                 arguments.model,

@@ -1,0 +1,33 @@
+"""`longact train`: how it begins and ends."""
+
+import shlex
+
+from rich.console import Console
+
+from longact_kernels.commands.console import INTERRUPTED, refusing
+from longact_kernels.commands.train.arguments import parse
+
+
+def main(argv: list[str]) -> int:
+    """Runs `longact train`; returns the exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        Refusal: bad input; no run has been touched then.
+    """
+    with refusing():
+        arguments, training = parse(argv)
+        from longact_kernels.commands.train.run import Run
+
+        run = Run(arguments, training, Console(quiet=training.process_index > 0))
+    try:
+        with run.interrupt:
+            before = run.train()
+        if not run.interrupt.asked:
+            run.finish(before, run.evaluate("after"))
+            return 0
+    except KeyboardInterrupt:
+        pass
+    command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
+    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with")
+    run.console.print(command, soft_wrap=True, markup=False, highlight=False)
+    return INTERRUPTED
