@@ -5,10 +5,12 @@ import triton.language as tl
 
 from longact_kernels.csrc_triton.variant import Variant
 
+# One program chooses in a group, in 35 passes over it; larger groups are left to a sort.
+LARGE_GROUP = 1 << 14
 SELECT_CONFIG = {"BLOCK": 512, "num_warps": 1}
 # By whether a state's rows are aligned: unaligned ones are mostly step counts, one lane wide.
 CARRY_CONFIG = {
-    True: {"BLOCK_S": 4, "BLOCK_K": 512, "num_warps": 2},
+    True: {"BLOCK_S": 2, "BLOCK_K": 1024, "num_warps": 2},
     False: {"BLOCK_S": 64, "BLOCK_K": 32, "num_warps": 4},
 }
 
@@ -65,23 +67,26 @@ def select_kernel(
 
 
 @triton.jit
-def _move(state_ptr, source_ptr, s, S, lanes, in_lane, stride_slot, AHEAD: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Moves the slots of one block whose source is ahead, or else those whose source is behind or nowhere."""
-    offs_s = s + tl.arange(0, BLOCK_S)
-    source = tl.load(source_ptr + offs_s, mask=offs_s < S, other=0)
-    moves = (offs_s < S) & ((source > offs_s) if AHEAD else (source < offs_s))
+def _move(state_ptr, source_ptr, movers_ptr, first, last, lanes, in_lane, stride_slot, BLOCK_S: tl.constexpr):
+    """Moves the slots that the list has from `first` on, before `last`."""
+    offs = first + tl.arange(0, BLOCK_S)
+    slot = tl.load(movers_ptr + offs, mask=offs < last, other=0)
+    source = tl.load(source_ptr + slot, mask=offs < last, other=-1)
     ptrs = state_ptr + source.to(tl.int64)[:, None] * stride_slot + lanes[None, :]
-    value = tl.load(ptrs, mask=(moves & (source >= 0))[:, None] & in_lane[None, :], other=0)
+    value = tl.load(ptrs, mask=(source >= 0)[:, None] & in_lane[None, :], other=0)
     # Every source of this block is read before any of its slots is written.
     tl.debug_barrier()
-    ptrs = state_ptr + offs_s.to(tl.int64)[:, None] * stride_slot + lanes[None, :]
-    tl.store(ptrs, value, mask=moves[:, None] & in_lane[None, :])
+    ptrs = state_ptr + slot.to(tl.int64)[:, None] * stride_slot + lanes[None, :]
+    tl.store(ptrs, value, mask=(offs < last)[:, None] & in_lane[None, :])
 
 
 @triton.jit
 def carry_kernel(
-    table_ptr,  # int64 [states, 6]: address, first slot, slots, lanes, stride of slots, stride of lanes
+    table_ptr,  # int64 [states, 7]: address, layer, first slot, slots, lanes, stride of slots, stride of lanes
     source_ptr,  # int32 [all slots]: the slot that each one's state comes from, -1 for none
+    movers_ptr,  # int32 [all slots]: of each layer the slots whose source is ahead, a gap, those whose source is behind
+    counts_ptr,  # int32 [2, layers]: how many there are of each kind
+    layers,
     ALIGNED: tl.constexpr,  # rows of whole 16-byte units at addresses and strides that are multiples of them
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -91,15 +96,20 @@ def carry_kernel(
     Both sets ascend, so sources do: no slot that has its source ahead is itself the source of one that has it behind,
     nor the other way round. Those with it ahead move first, ascending; the others, and zeros, after them, descending.
     """
-    row = table_ptr + tl.program_id(1) * 6
-    # All state is moved as 32-bit words, whatever they mean.
-    state_ptr = tl.load(row).to(tl.pointer_type(tl.int32))
-    source_ptr += tl.load(row + 1)
-    S = tl.load(row + 2).to(tl.int32)
-    K = tl.load(row + 3).to(tl.int32)
-    stride_slot = tl.load(row + 4)
+    row = table_ptr + tl.program_id(1) * 7
+    K = tl.load(row + 4).to(tl.int32)
     if tl.program_id(0) * BLOCK_K >= K:
         return
+    # All state is moved as 32-bit words, whatever they mean.
+    state_ptr = tl.load(row).to(tl.pointer_type(tl.int32))
+    layer = tl.load(row + 1)
+    start = tl.load(row + 2)
+    source_ptr += start
+    movers_ptr += start
+    S = tl.load(row + 3).to(tl.int32)
+    stride_slot = tl.load(row + 5)
+    ahead = tl.load(counts_ptr + layer)
+    behind = tl.load(counts_ptr + layers + layer)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     if ALIGNED:
         state_ptr = tl.multiple_of(state_ptr, 16)
@@ -108,12 +118,13 @@ def carry_kernel(
         lanes = offs_k.to(tl.int64)
     else:
         in_lane = offs_k < K
-        lanes = offs_k.to(tl.int64) * tl.load(row + 5)
-    for s in range(0, S, BLOCK_S):
-        _move(state_ptr, source_ptr, s, S, lanes, in_lane, stride_slot, True, BLOCK_S)
-    blocks = tl.cdiv(S, BLOCK_S)
-    for i in range(blocks):
-        _move(state_ptr, source_ptr, (blocks - 1 - i) * BLOCK_S, S, lanes, in_lane, stride_slot, False, BLOCK_S)
+        lanes = offs_k.to(tl.int64) * tl.load(row + 6)
+    for i in range(0, ahead, BLOCK_S):
+        _move(state_ptr, source_ptr, movers_ptr, i, ahead, lanes, in_lane, stride_slot, BLOCK_S)
+    for i in range(0, behind, BLOCK_S):
+        last = S - i
+        first = tl.maximum(last - BLOCK_S, S - behind)
+        _move(state_ptr, source_ptr, movers_ptr, first, last, lanes, in_lane, stride_slot, BLOCK_S)
 
 
 def variants() -> list[Variant]:
@@ -132,6 +143,7 @@ def variants() -> list[Variant]:
             memory_bound=False,
         )
     ]
+    tables = ("table_ptr", "source_ptr", "movers_ptr", "counts_ptr")
     for aligned in (True, False):
         carry = dict(CARRY_CONFIG[aligned])
         found.append(
@@ -139,10 +151,10 @@ def variants() -> list[Variant]:
                 kernel="refresh",
                 label="carry" + ("" if aligned else " unaligned"),
                 fn=carry_kernel,
-                types={"table_ptr": "*i64", "source_ptr": "*i32"},
+                types={**dict.fromkeys(tables, "*i32"), "table_ptr": "*i64", "layers": "i32"},
                 num_warps=carry.pop("num_warps"),
                 constants={"ALIGNED": aligned, **carry},
-                divisible=("table_ptr", "source_ptr"),
+                divisible=tables,
                 aligned=aligned,
                 main=aligned,
                 memory_bound=aligned,

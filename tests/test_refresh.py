@@ -118,10 +118,25 @@ def test_carry_moves_what_changes_place_and_nothing_else():
     state = torch.randn(7, 512)
     old = torch.tensor([0, 1, 2, 3, 4, 8, 9], device=DEVICE)
     new = torch.tensor([0, 1, 2, 3, 4, 9, 20], device=DEVICE)
+    tables = 6 * 8 + 2 * 4
     with count_bytes() as moved:
         ops.carry_([[state]], [old], [new])
-    assert moved["read"] == state[0].nbytes + 5 * 8 + 2 * 7 * 4
+    assert moved["read"] == state[0].nbytes + tables + 2 * (4 + 4)
     assert moved["written"] == 2 * state[0].nbytes
+    with count_bytes() as moved:
+        ops.carry_([[state]], [new], [new])
+    assert moved["read"] == tables and moved["written"] == 0
+
+
+@pytest.mark.parametrize("n", [300, 20_000])
+def test_zeros_and_nans_of_either_sign_tie(n):
+    """However large the group, and so whatever chooses in it."""
+    values = torch.zeros(n)
+    values[1::2] = -0.0
+    values[n // 2], values[5] = torch.nan, -torch.tensor(torch.nan)
+    assert values[5].view(torch.int32) < 0
+    assert ops.select(values.to(DEVICE), n, 4).tolist() == [0, 1, 5, n // 2]
+    assert ops.select(values.to(DEVICE), [n - 3, 3], [1, 1]).tolist() == [5, n - 3]
 
 
 def test_nothing_to_carry():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops.dispatch import implementation
+from longact_kernels.ops.uploads import upload
 from longact_kernels.reference import refresh as _reference
 
 
@@ -57,24 +58,25 @@ def _(saliency, groups, counts):
 
 
 def _select_kernel(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
-    from longact_kernels.csrc_triton.refresh import SELECT_CONFIG, select_kernel
+    from longact_kernels.csrc_triton.refresh import LARGE_GROUP, SELECT_CONFIG, select_kernel
 
+    if max(groups) > LARGE_GROUP:
+        # One kind of zero and of NaN, which a radix sort would tell apart by their signs.
+        return _reference.select(torch.where(saliency.isnan(), torch.nan, saliency + 0.0), groups, counts)
     if len(groups) == 1:
         times = saliency.numel() // groups[0]
         groups, counts = groups * times, counts * times
-    bounds = _bounds(tuple(groups), tuple(counts), saliency.device)
     index = torch.empty(sum(counts), dtype=torch.int64, device=saliency.device)
     if groups:
+        bounds = upload(saliency.device, _bounds(tuple(groups)), _bounds(tuple(counts)))
         select_kernel[(len(groups),)](saliency.contiguous(), *bounds, index, **SELECT_CONFIG)
     return index
 
 
 @functools.lru_cache(maxsize=64)
-def _bounds(groups: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where every group begins, and where its choice does."""
-    return tuple(  # type: ignore[return-value]
-        torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (groups, counts)
-    )
+def _bounds(sizes: tuple[int, ...]) -> Tensor:
+    """Where each of these begins, and where the last one ends."""
+    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
 
 
 def carry_(
@@ -146,13 +148,14 @@ def _carry_kernel(
 
     device = old[0].device
     sizes = tuple(len(before) for before in old)
-    layer_of, first = _slots(sizes, device)
+    layer_of, first, bounds = upload(device, *_slots(sizes), _bounds(sizes))
     # All layers are looked up at once: the layer is what comes first in the order.
     before, after = torch.cat(old) + layer_of, torch.cat(new) + layer_of
     place = torch.searchsorted(before, after, out_int32=True).clamp_(max=len(before) - 1)
     # The layer in the high bits keeps -1, a slot without a channel, below the layer's own channels.
     kept = (before[place] == after) & (torch.cat(new) >= 0)
     source = torch.where(kept, place - first, -1)
+    movers, counts = _movers(source, first, layer_of >> 32, bounds)
 
     starts = [0, *itertools.accumulate(sizes)]
     rows: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
@@ -160,26 +163,37 @@ def _carry_kernel(
         slots = state.unsqueeze(1) if state.ndim == 1 else state.T if columns else state
         K, (stride_slot, stride_lane) = slots.shape[1], slots.stride()
         aligned = stride_lane == 1 and K % 4 == 0 and stride_slot % 4 == 0 and state.data_ptr() % 16 == 0
-        rows[aligned].append((state.data_ptr(), starts[layer], sizes[layer], K, stride_slot, stride_lane))
+        rows[aligned].append((state.data_ptr(), layer, starts[layer], sizes[layer], K, stride_slot, stride_lane))
     for aligned, entries in rows.items():
         if entries:
             config = CARRY_CONFIG[aligned]
-            blocks = -(-max(entry[3] for entry in entries) // config["BLOCK_K"])
-            table = _table(tuple(entries), device)
-            carry_kernel[(blocks, len(entries))](table, source, ALIGNED=aligned, **config)
+            blocks = -(-max(entry[4] for entry in entries) // config["BLOCK_K"])
+            (table,) = upload(device, torch.tensor(entries))
+            carry_kernel[(blocks, len(entries))](table, source, movers, counts, len(sizes), ALIGNED=aligned, **config)
     return kept
 
 
 @functools.lru_cache(maxsize=64)
-def _slots(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _slots(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """For every slot of all layers: its layer, in the high bits; and that layer's first slot."""
-    starts = [0, *itertools.accumulate(sizes)]
-    layer_of = [layer << 32 for layer, size in enumerate(sizes) for _ in range(size)]
-    first = [starts[layer] for layer, size in enumerate(sizes) for _ in range(size)]
-    return torch.tensor(layer_of, device=device), torch.tensor(first, dtype=torch.int32, device=device)
+    layers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return layers << 32, _bounds(sizes)[layers]
 
 
-@functools.lru_cache(maxsize=64)
-def _table(entries: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The kernel's table of states; made anew only when an address has changed."""
-    return torch.tensor(entries, dtype=torch.int64, device=device)
+def _movers(source: Tensor, first: Tensor, layer: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of each layer whose state changes, and how many: int32 [all slots] and [2, layers].
+
+    In a layer's part of the list, those whose source is ahead of them stand at its front; those whose source is behind,
+    or that have none, at its end; both ascend.
+    """
+    slots = torch.arange(len(source), dtype=torch.int32, device=source.device) - first
+    moving = torch.stack([source > slots, source < slots])
+    # How many such slots come before each one and, at the end, in all.
+    earlier = torch.nn.functional.pad(moving.cumsum(1, dtype=torch.int32), (1, 0))
+    of_layer = earlier[:, bounds]
+    counts = of_layer.diff(dim=1)
+    ahead = first + earlier[0, :-1] - of_layer[0][layer]
+    behind = bounds[layer + 1] + earlier[1, :-1] - of_layer[1][layer + 1]
+    # What does not move goes where nobody looks.
+    place = torch.where(moving[0], ahead, torch.where(moving[1], behind, len(source)))
+    return slots.new_empty(len(source) + 1).scatter_(0, place.long(), slots), counts
