@@ -9,11 +9,11 @@ import torch
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels import SalientAdamW
 from longact_kernels.commands.train.arguments import TrainArguments, parse
 from longact_kernels.commands.train.prompts import in_stages, make_prompts, read_sources
-from longact_kernels.commands.train.run import build_longact, small_model
 from longact_kernels.integrations.generation import encode_prompts
+from longact_kernels.sparse.config import LongActConfig, fields
 
 TOKENIZER = tiny.tokenizer()
 
@@ -157,11 +157,27 @@ def test_lengths_may_be_a_list_in_a_file(tmp_path):
 def test_longacts_arguments_are_the_drivers():
     arguments, _ = parse(["--use_cpu", "True", "--ema", "0.5", "--freeze_after", "7", "--strategy", "bottom"])
     assert (arguments.ema, arguments.freeze_after, arguments.strategy) == (0.5, 7, "bottom")
-    longact = build_longact(small_model(), arguments, seed=3)
-    assert (longact.ema, longact.freeze_after, longact.strategy) == (0.5, 7, "bottom")
+    assert LongActConfig(**arguments.longact_options()) == LongActConfig(ema=0.5, freeze_after=7, strategy="bottom")
     defaults, _ = parse(["--use_cpu", "True"])
-    theirs = LongAct(small_model())
-    assert all(getattr(theirs, name, value) == value for name, value in defaults.longact_options().items() if value)
+    assert LongActConfig(**defaults.longact_options()) == LongActConfig()
+
+
+def test_the_help_has_every_option_of_longact(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields():
+        assert field.name == "seed" or f"--{field.name} " in shown
+        mark = "(experimental) " if field.metadata["experimental"] else ""
+        assert field.name == "seed" or mark + field.metadata["help"] in shown
+
+
+def test_layers_may_be_named_by_an_expression_or_by_a_list_in_a_file(tmp_path):
+    arguments, _ = parse(["--use_cpu", "True", "--target_modules", r".*\.q_proj"])
+    assert arguments.longact_options()["target_modules"] == r".*\.q_proj"
+    (tmp_path / "c.yaml").write_text("target_modules: [q_proj, k_proj]\nuse_cpu: true\n")
+    arguments, _ = parse(["--config", str(tmp_path / "c.yaml")])
+    assert arguments.longact_options()["target_modules"] == ["q_proj", "k_proj"]
 
 
 def test_the_optimizers_arguments_are_the_drivers():
@@ -176,7 +192,6 @@ def test_the_optimizers_arguments_are_the_drivers():
 
 
 @pytest.mark.parametrize("option", ["ema", "density", "freeze_after", "threshold"])
-def test_what_is_wrong_with_longact_shows_on_a_small_model(option):
-    arguments, _ = parse(["--use_cpu", "True", f"--{option}", "-1"])
+def test_what_is_wrong_with_longacts_options_shows_at_once(option):
     with pytest.raises(ValueError, match=re.escape(f"{option}: got -1")):
-        build_longact(small_model(), arguments, seed=0)
+        parse(["--use_cpu", "True", f"--{option}", "-1"])

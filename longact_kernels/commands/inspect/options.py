@@ -1,8 +1,7 @@
 """The options of the commands that look into a model: `longact inspect` and `longact perturb`."""
 
-import argparse
-
 from longact_kernels.commands.console import Parser, at_least
+from longact_kernels.sparse.config import LongActConfig
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 STATISTICS = ("absmax", "l2")
@@ -25,20 +24,11 @@ def model_parser(prog: str, description: str, batches: str) -> Parser:
     parser.add_argument("--batches", type=at_least(2), default=4, help=f"{batches} (default 4)")
     parser.add_argument(
         "--density",
-        type=share,
-        help="share of each head's channels that is salient (default: the run's where MODEL is one, else 0.3)",
+        type=float,
+        help="share of each head's channels that is salient (default: the run's where MODEL is one, else "
+        f"{LongActConfig.density})",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository brings")
     parser.add_argument("--output", metavar="DIR", help="folder for results, new or empty (default: under runs/)")
     return parser
-
-
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, needed a share above 0 and up to 1, such as 0.3")
-    return value

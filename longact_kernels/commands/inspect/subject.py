@@ -18,6 +18,7 @@ from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.inspect.channels import Part, find_parts
 from longact_kernels.commands.inspect.text import Domain, load_domains, sequences
 from longact_kernels.integrations.transformers import load_model
+from longact_kernels.sparse.config import LongActConfig
 
 VERSIONS = ("longact_kernels", "torch", "transformers")
 
@@ -75,13 +76,16 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"output: {folder} is there already and not an empty folder; name another --output")
     domains = load_domains(arguments.text)
-    source, density, metrics = arguments.model, 0.3, []
+    density = LongActConfig.density if arguments.density is None else arguments.density
+    LongActConfig(density=density)
+    source, metrics = arguments.model, []
     run = Path(arguments.model)
     if (run / "run.json").is_file():
         if not (run / "model").is_dir():
             raise ValueError(f"model: the run in {run} has not finished; go on with it by longact train --resume")
         source, metrics = str(run / "model"), read_metrics(run / "metrics.jsonl")
-        density = json.loads((run / "run.json").read_text()).get("density", density)
+        if arguments.density is None:
+            density = json.loads((run / "run.json").read_text()).get("density", density)
     hide_library_bars()
     with console.status(f"loading {source}"):
         model, tokenizer = load_model(
@@ -91,9 +95,7 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
             device_map="auto" if torch.accelerator.is_available() else None,
         )
         model.eval()
-        subject = Subject(
-            model, tokenizer, find_parts(model), domains, {}, metrics, arguments.density or density, folder
-        )
+        subject = Subject(model, tokenizer, find_parts(model), domains, {}, metrics, density, folder)
         subject.check("length", arguments.length)
         for domain in domains:
             subject.texts[domain.name] = sequences(domain, tokenizer, arguments.batches, arguments.length)

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from longact_kernels.commands.study.recall import Recall
-from longact_kernels.commands.train.arguments import LongActFields
+from longact_kernels.commands.train.arguments import LONGACT
 
 SETTINGS = ("recall", "train")
 DENSE = "dense"
 # All arms get the same data, compute and learning rate, and differ in the method alone.
-ARM_OPTIONS = [one.name for one in dataclasses.fields(LongActFields)] + ["longact", "state", "algorithm"]
+ARM_OPTIONS = [of.name for of in LONGACT] + ["longact", "state", "algorithm"]
 SHARED_BY_ALL = ("output_dir", "seed", "resume", "config")
 
 

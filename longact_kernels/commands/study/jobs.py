@@ -24,7 +24,7 @@ from longact_kernels.commands.files import read_json, read_metrics, write_json, 
 from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import make_base
 from longact_kernels.commands.train.arguments import parse
-from longact_kernels.commands.train.run import Run, build_longact, small_model
+from longact_kernels.commands.train.run import Run
 from longact_kernels.models import find_projections
 
 
@@ -136,8 +136,7 @@ class Training:
                 f"delete {self.folder.result(self.name)}"
             )
         if self.seed == self.arm.seeds[0]:
-            arguments, training = parse(self.write_config())
-            build_longact(small_model(), arguments, training.seed)
+            parse(self.write_config())
 
     def write_config(self) -> list[str]:
         """Writes the run's configuration, and returns the arguments of `longact train`."""

@@ -3,20 +3,16 @@
 import argparse
 import dataclasses
 import difflib
-import inspect
-import re
-import types
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
-from longact_kernels import LongAct
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
+from longact_kernels.sparse.config import LongActConfig, fields
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.build import check_task
 
@@ -33,32 +29,21 @@ DEFAULT_LENGTH = 512
 DEFAULT_TRAIN_PROMPTS = 512
 
 
-def longact_fields() -> Iterator[tuple[str, type, Any]]:
-    """The arguments of `LongAct` that a command line can give, with their defaults and their meaning.
-
-    Its `seed` is the run's.
-    """
-    hints = get_type_hints(LongAct.__init__)
-    text = inspect.getdoc(LongAct) or ""
-    described = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, flags=re.MULTILINE))
-    for name, parameter in inspect.signature(LongAct).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "seed" and is_plain(hints[name]):
-            meaning = " ".join(described[name].split()).replace("%", "%%")
-            yield name, hints[name], field(default=parameter.default, metadata={"help": meaning})
+def option(of: dataclasses.Field) -> tuple[str, Any, Any]:
+    """A field of `LongActConfig` as one of a command line, which has no functions."""
+    hint = str | None if of.name == "target_modules" else HINTS[of.name]
+    mark = "(experimental) " if of.metadata["experimental"] else ""
+    return of.name, hint, field(default=of.default, metadata={"help": mark + of.metadata["help"]})
 
 
-def is_plain(hint: Any) -> bool:
-    """Whether a type is one that a command line can give: a number, a word, or one of them or None."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return all(is_plain(one) for one in get_args(hint) if one is not type(None))
-    return hint in (bool, int, float, str) or get_origin(hint) is Literal
-
-
-LongActFields: Any = dataclasses.make_dataclass("LongActFields", longact_fields())
+HINTS = get_type_hints(LongActConfig)
+# Its seed is the run's.
+LONGACT = [of for of in fields() if of.name != "seed"]
+LongActOptions: Any = dataclasses.make_dataclass("LongActOptions", map(option, LONGACT))
 
 
 @dataclass
-class TrainArguments(LongActFields):
+class TrainArguments(LongActOptions):
     """The fields of `longact train` that are not TRL's.
 
     Raises:
@@ -139,6 +124,7 @@ class TrainArguments(LongActFields):
         if not 0 <= self.overlong_share <= 1:
             raise ValueError(f"overlong_share: got {self.overlong_share}, needed a share from 0 to 1")
         self.stages()
+        LongActConfig(**self.longact_options())
 
     def stages(self) -> list[int | None]:
         """The greatest lengths of prompts, by stage of training; None for any."""
@@ -161,7 +147,7 @@ class TrainArguments(LongActFields):
 
     def longact_options(self) -> dict[str, Any]:
         """The arguments for `LongAct`."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(LongActFields)}
+        return {of.name: getattr(self, of.name) for of in LONGACT}
 
     def optimizer_options(self) -> dict[str, Any]:
         """The arguments for `SalientAdamW` that are not the trainer's."""

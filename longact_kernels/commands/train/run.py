@@ -7,11 +7,8 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     TrainerCallback,
 )
 from trl import GRPOConfig
@@ -48,7 +45,6 @@ class Run:
         self.folder = RunFolder(training.output_dir, arguments)
         self.folder.check_stages(training.max_steps)
         check_packages(training)
-        build_longact(small_model(), arguments, training.seed)
         self.reward = reward_of(arguments)
         prompts = read_sources(arguments)
         self.interrupt = GracefulInterrupt(console)
@@ -65,7 +61,9 @@ class Run:
                     "stochastic_rounding: got True, but the weights are float32, which lose nothing to rounding; leave "
                     "it out, or name a 16-bit dtype in model_init_kwargs"
                 )
-            self.longact = build_longact(self.model, arguments, training.seed)
+            self.longact = None
+            if arguments.longact:
+                self.longact = LongAct(self.model, **arguments.longact_options(), seed=training.seed)
         with progress_bar(console) as bar:
             advance = partial(bar.advance, bar.add_task("prompts", total=prompts, note=arguments.subject))
             train_dataset, self.held_out = make_prompts(arguments, training, self.tokenizer, advance)
@@ -168,17 +166,6 @@ class EvaluationBefore(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.run.before()
-
-
-def build_longact(model: PreTrainedModel, arguments: TrainArguments, seed: int) -> LongAct | None:
-    """The controller that the arguments ask for; `None` with `--no-longact`."""
-    return LongAct(model, **arguments.longact_options(), seed=seed) if arguments.longact else None
-
-
-def small_model() -> PreTrainedModel:
-    """What is wrong with LongAct's arguments shows on this one, before a large one is loaded."""
-    config = Qwen3Config(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1, head_dim=32)
-    return Qwen3ForCausalLM(config)
 
 
 def reward_of(arguments: TrainArguments) -> Reward:
