@@ -1,6 +1,6 @@
 """Per-channel absmax and per-sequence sums of squares of an activation, from one read.
 
-Two launches, no atomics: `channel_stats_partial` reduces pieces of at most CHUNK tokens, none of which straddles two
+Two launches, no atomics: `channel_stats_partial` reduces pieces of at most `chunk` tokens, none of which straddles two
 sequences, to one row of partial results each; `channel_stats_merge` reduces those rows in a fixed order.
 """
 
@@ -12,54 +12,87 @@ import triton.language as tl
 
 from longact_kernels.csrc_triton.variant import Variant
 
+# Targets that share a tile.
+TARGETS = [("sm_80", "sm_89", "sm_90", "sm_120", "gfx1100"), ("sm_100",), ("gfx90a", "gfx942")]
+
+BLOCK_N = 64
+MERGE = {"BLOCK_P": 64, "BLOCK_N": BLOCK_N, "num_warps": 8}
 # A piece writes and reads 16 bytes a channel: 0.8% of 1024 tokens in 16 bits.
-CHUNK = 1024
-# Tiles are the largest whose registers leave half of the threads resident (64 each).
-PARTIAL = {
-    "aligned": {"CHUNK": CHUNK, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_B": 128, "num_warps": 4},
-    "unaligned": {"CHUNK": CHUNK, "BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_B": 128, "num_warps": 4},
-}
-MERGE = {"CHUNK": CHUNK, "BLOCK_P": 16, "BLOCK_N": 64, "num_warps": 4}
+LONGEST = 1024
+# That many keep every multiprocessor of an H100 or H200 (132) busy, with others in wait.
+PROGRAMS = 1000
+
+
+SHORTEST = 16
+
+
+def partial_config(target: str, itemsize: int, aligned: bool) -> dict[str, int]:
+    """Tile of :func:`channel_stats_partial` for a target such as "sm_90" and 2- or 4-byte elements.
+
+    Where rows are aligned, a thread has four loads of 16 bytes under way, which are added up before its accumulators.
+    """
+    tile = {"BLOCK_M": 16, "UNROLL": 8 // itemsize} if aligned else {"BLOCK_M": 8, "UNROLL": 2}
+    if target == "sm_100":
+        # Its two-wide fp32 additions take the registers of half of them.
+        tile["UNROLL"] //= 2
+    waves_of_64 = target.startswith("gfx9")
+    return {**tile, "BLOCK_N": BLOCK_N, "num_warps": 2 if waves_of_64 else 4}
+
+
+def chunk_of(tokens: int, N: int) -> int:
+    """Tokens of a piece: as many as leave PROGRAMS programs to run."""
+    chunk = LONGEST
+    while chunk > SHORTEST and -(-tokens // chunk) * -(-N // BLOCK_N) < PROGRAMS:
+        chunk //= 2
+    return chunk
+
+
+@triton.jit
+def _bound(cu_seqlens_ptr, b, T):
+    """A bound of packed sequences, held within the tokens that there are."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), T).to(tl.int32)
 
 
 @triton.jit
 def channel_stats_partial(
     y_ptr,  # [B, T, N], or [T, N] if packed; 1 between channels
     mask_ptr,  # uint8 [B, T] or None
-    cu_seqlens_ptr,  # int32 [B + 1] or None
+    cu_seqlens_ptr,  # int32 or int64 [B + 1] or None
     absmax_ptr,  # int32 [pieces, N]: the bits of fp32 values
     sumsq_ptr,  # fp32 [pieces, N]
     B,
     T,
     N,
+    chunk,
     chunks,  # pieces a sequence, if not packed
     stride_yb,
     stride_ym,
-    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     piece = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if cu_seqlens_ptr is None:
         sequence = piece // chunks
-        start = (piece % chunks) * CHUNK
-        count = tl.minimum(CHUNK, T - start)
+        start = (piece % chunks) * chunk
+        count = tl.minimum(chunk, T - start)
         token = sequence.to(tl.int64) * T + start
         y_ptr += sequence.to(tl.int64) * stride_yb
     else:
-        # Sequence b has the pieces start // CHUNK + b to (end - 1) // CHUNK + b: every bound adds one piece.
-        before = tl.zeros([BLOCK_B], tl.int32)
-        for b in range(0, B, BLOCK_B):
-            offs_b = b + tl.arange(0, BLOCK_B)
-            starts = tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < B, other=0)
-            before += ((starts // CHUNK + offs_b <= piece) & (offs_b < B)).to(tl.int32)
-        sequence = tl.sum(before, 0) - 1
-        chunk = (piece - sequence) * CHUNK
-        start = tl.maximum(tl.load(cu_seqlens_ptr + sequence, mask=sequence >= 0, other=0), chunk)
-        end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1, mask=sequence >= 0, other=0), T)
-        count = tl.minimum(end, chunk + CHUNK) - start
+        # Sequence b has the pieces start // chunk + b to (end - 1) // chunk + b: every bound adds one piece.
+        after = tl.zeros((), tl.int32)
+        above = after + B
+        while after < above:
+            middle = (after + above) // 2
+            begun = _bound(cu_seqlens_ptr, middle, T) // chunk + middle <= piece
+            after = tl.where(begun, middle + 1, after)
+            above = tl.where(begun, above, middle)
+        sequence = tl.maximum(after - 1, 0)
+        first = (piece - sequence) * chunk
+        start = tl.maximum(_bound(cu_seqlens_ptr, sequence, T), first)
+        # Where no sequence has begun, the first bound lies beyond this piece.
+        count = tl.minimum(_bound(cu_seqlens_ptr, sequence + 1, T), first + chunk) - start
         token = start
     y_ptr += start.to(tl.int64) * stride_ym
 
@@ -67,18 +100,19 @@ def channel_stats_partial(
     # integer maximum loses neither, where a float one drops NaN.
     absmax = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     sumsq = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for m in range(0, count, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
+    tile: tl.constexpr = UNROLL * BLOCK_M
+    y_ptrs = y_ptr + tl.arange(0, tile).to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    step = tl.full((), tile, tl.int64) * stride_ym
+    for m in range(0, count, tile):
+        offs_m = m + tl.arange(0, tile)
         kept = offs_m < count
         if mask_ptr is not None:
             kept &= tl.load(mask_ptr + token + offs_m, mask=kept, other=0) != 0
-        y = tl.load(
-            y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :],
-            mask=kept[:, None] & (offs_n < N)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        absmax = tl.maximum(absmax, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        sumsq += y * y
+        y = tl.load(y_ptrs, mask=kept[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
+        y_ptrs += step
+        bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        absmax = tl.maximum(absmax, tl.max(tl.reshape(bits, (UNROLL, BLOCK_M, BLOCK_N)), 0))
+        sumsq += tl.sum(tl.reshape(y * y, (UNROLL, BLOCK_M, BLOCK_N)), 0)
 
     out = piece.to(tl.int64) * N + offs_n
     tl.store(absmax_ptr + out, tl.max(absmax, 0), mask=offs_n < N)
@@ -89,13 +123,14 @@ def channel_stats_partial(
 def channel_stats_merge(
     partial_absmax_ptr,  # int32 [pieces, N]
     partial_sumsq_ptr,  # fp32 [pieces, N]
-    cu_seqlens_ptr,  # int32 [B + 1] or None
+    cu_seqlens_ptr,  # int32 or int64 [B + 1] or None
     absmax_ptr,  # int32 [N]: the bits of fp32 values
     sumsq_ptr,  # fp32 [B, N]
     pieces,
+    T,
     N,
+    chunk,
     chunks,
-    CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -115,10 +150,9 @@ def channel_stats_merge(
             first = sequence * chunks
             last = first + chunks
         else:
-            start = tl.load(cu_seqlens_ptr + sequence)
-            end = tl.load(cu_seqlens_ptr + sequence + 1)
-            first = start // CHUNK + sequence
-            last = tl.minimum(first + tl.cdiv(end, CHUNK) - start // CHUNK, pieces)
+            skipped = _bound(cu_seqlens_ptr, sequence, T) // chunk
+            first = skipped + sequence
+            last = tl.minimum(first + tl.cdiv(_bound(cu_seqlens_ptr, sequence + 1, T), chunk) - skipped, pieces)
         sumsq = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         for p in range(first, last, BLOCK_P):
             offs_p = p + tl.arange(0, BLOCK_P)
@@ -135,12 +169,13 @@ def variants() -> list[Variant]:
         given |= {"cu_seqlens_ptr": "*i32"} if packed else {}
         absent = {"mask_ptr": None, "cu_seqlens_ptr": None}
         divisible = ("y_ptr", "absmax_ptr", "sumsq_ptr", "N", "stride_yb", "stride_ym") if aligned else ()
+        divisible += ("chunk",)
         words = (["masked"] if masked else []) + (["packed"] if packed else []) + ([] if aligned else ["unaligned"])
-        for dtype in ("bf16", "fp16", "fp32"):
+        for dtype, targets in itertools.product(("bf16", "fp16", "fp32"), TARGETS):
             types = {"y_ptr": f"*{dtype}", "absmax_ptr": "*i32", "sumsq_ptr": "*fp32", **given}
-            types |= dict.fromkeys(("B", "T", "N", "chunks", "stride_yb", "stride_ym"), "i32")
-            config = PARTIAL["aligned" if aligned else "unaligned"]
-            constants = {name: config[name] for name in ("CHUNK", "BLOCK_M", "BLOCK_N", "BLOCK_B")}
+            types |= dict.fromkeys(("B", "T", "N", "chunk", "chunks", "stride_yb", "stride_ym"), "i32")
+            constants = partial_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
+            num_warps = constants.pop("num_warps")
             constants |= {name: None for name in absent if name not in given}
             found.append(
                 Variant(
@@ -150,16 +185,17 @@ def variants() -> list[Variant]:
                     types=types,
                     constants=constants,
                     divisible=divisible,
-                    num_warps=config["num_warps"],
+                    num_warps=num_warps,
                     aligned=aligned,
+                    targets=targets,
                     main=aligned and dtype == "bf16" and not given,
                 )
             )
         if not masked:
             types = dict.fromkeys(("partial_absmax_ptr", "absmax_ptr"), "*i32")
             types |= dict.fromkeys(("partial_sumsq_ptr", "sumsq_ptr"), "*fp32") | given
-            types |= dict.fromkeys(("pieces", "N", "chunks"), "i32")
-            constants = {name: MERGE[name] for name in ("CHUNK", "BLOCK_P", "BLOCK_N")}
+            types |= dict.fromkeys(("pieces", "T", "N", "chunk", "chunks"), "i32")
+            constants = {name: MERGE[name] for name in ("BLOCK_P", "BLOCK_N")}
             pointers = ("partial_absmax_ptr", "partial_sumsq_ptr", "absmax_ptr", "sumsq_ptr", "N")
             found.append(
                 Variant(
@@ -168,7 +204,7 @@ def variants() -> list[Variant]:
                     fn=channel_stats_merge,
                     types=types,
                     constants=constants | ({} if packed else {"cu_seqlens_ptr": None}),
-                    divisible=pointers if aligned else (),
+                    divisible=(*pointers, "chunk") if aligned else ("chunk",),
                     num_warps=MERGE["num_warps"],
                     aligned=aligned,
                     main=aligned and not given,

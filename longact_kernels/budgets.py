@@ -250,12 +250,12 @@ class Work:
 
 def channel_stats_work(M: int, N: int, itemsize: int, masked: bool = False) -> Work:
     """`channel_stats` on one sequence [M, N]; counted by running it, in tests/test_channel_stats.py."""
-    from longact_kernels.csrc_triton.channel_stats import CHUNK, PARTIAL
+    from longact_kernels.csrc_triton.channel_stats import BLOCK_N, chunk_of
 
     minimum = M * N * itemsize + (M if masked else 0)
     # Every block of channels reads the mask anew; partial results are written, then read.
-    mask_again = M * (-(-N // PARTIAL["aligned"]["BLOCK_N"]) - 1) if masked else 0
-    partial = 16 * -(-M // CHUNK) * N
+    mask_again = M * (-(-N // BLOCK_N) - 1) if masked else 0
+    partial = 16 * -(-M // chunk_of(M, N)) * N
     return Work(f"[{M}, {N}]", M * N, moved=minimum + mask_again + partial + 8 * N, minimum=minimum)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.cpu import native
+from longact_kernels.reference.channel_stats import bounds_of
 
 # Tokens of one task: chunks, and so the bits of the result, do not depend on the number of threads.
 _CHUNK = 256
@@ -30,7 +31,7 @@ def channel_stats(
         tokens = tokens.contiguous()
     kept = None if mask is None else mask.reshape(-1).contiguous()
     if cu_seqlens is not None:
-        bounds = tuple(cu_seqlens.tolist())
+        bounds = tuple(bounds_of(cu_seqlens, len(tokens)))
     else:
         length = y.shape[-2] if y.ndim > 1 else 1
         sequences = y.shape[:-2].numel() if y.ndim > 2 else 1

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.device import target
 from longact_kernels.ops.dispatch import implementation
 from longact_kernels.reference.channel_stats import channel_stats as _reference
 
@@ -23,15 +24,15 @@ def channel_stats(
         y: activation [..., T, N] in fp32, fp16 or bf16; every index of the leading dimensions is one sequence of T
             tokens, and a 2-D `y` is a single sequence.
         mask: bool [..., T], True where a token counts. Tokens left out add nothing, not even their NaN.
-        cu_seqlens: int [B + 1], ascending, the bounds of packed sequences in a 2-D `y`; tokens outside count for
-            nothing.
+        cu_seqlens: int [B + 1], ascending within 0 .. T, the bounds of packed sequences in a 2-D `y`; tokens outside
+            count for nothing. Kernels on a GPU hold bounds that lie beyond within 0 .. T.
         l2: whether to take the sums of squares as well.
 
     Returns:
         absmax fp32 [N] (exact; NaN and Inf survive; 0 without tokens) and sumsq fp32 [B, N] ([0, N] if not `l2`).
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, naming the argument.
+        ValueError: for shapes or dtypes that do not fit, naming the argument; on a CPU for such bounds.
     """
     if y.ndim == 0 or y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"y: got {y.dtype} {list(y.shape)}, needed fp32, fp16 or bf16 [..., T, N]")
@@ -69,37 +70,34 @@ def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
     from longact_kernels.csrc_triton.channel_stats import (
-        CHUNK,
         MERGE,
-        PARTIAL,
         channel_stats_merge,
         channel_stats_partial,
+        chunk_of,
+        partial_config,
     )
 
-    B, N = _sequences(y, cu_seqlens), y.shape[-1]
-    T = y.shape[-2] if y.ndim > 1 else 1
-    if packed := cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.int()
-        chunks = 0
-        pieces = -(-T // CHUNK) + B - 1 if B and T else 0
-    else:
-        chunks = -(-T // CHUNK)
-        pieces = B * chunks
+    B, N, T = _sequences(y, cu_seqlens), y.shape[-1], y.shape[-2] if y.ndim > 1 else 1
+    chunk = chunk_of(T if cu_seqlens is not None else B * T, N)
+    chunks = -(-T // chunk)
+    # Every bound between two packed sequences may cut a piece in two.
+    pieces = B * chunks if cu_seqlens is None else chunks + B - 1 if B and T else 0
     absmax = y.new_empty(N, dtype=torch.int32)
     sumsq = y.new_empty((B if l2 else 0, N), dtype=torch.float32)
     if pieces == 0 or N == 0:
         return absmax.zero_().view(torch.float32), sumsq.zero_()
 
-    y = (y if y.stride(-1) == 1 else y.contiguous()).reshape(1 if packed else B, T, N)
+    y = (y if y.stride(-1) == 1 else y.contiguous()).reshape(-1, T, N)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     is_aligned = y.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (N, y.stride(0), y.stride(1)))
-    config = PARTIAL["aligned" if is_aligned else "unaligned"]
+    config = partial_config(target(y.device), y.itemsize, is_aligned)
     partial_absmax = y.new_empty((pieces, N), dtype=torch.int32)
     partial_sumsq = y.new_empty((pieces, N), dtype=torch.float32)
     channel_stats_partial[(pieces, -(-N // config["BLOCK_N"]))](
-        y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunks, y.stride(0), y.stride(1), **config
+        y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunk, chunks, y.stride(0), y.stride(1), **config
     )
     channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
-        partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, N, chunks, **MERGE
+        partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, T, N, chunk, chunks, **MERGE
     )
     return absmax.view(torch.float32), sumsq

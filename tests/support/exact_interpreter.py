@@ -1,4 +1,7 @@
-"""Makes Triton's interpreter compute with bf16 as GPUs do: it multiplies the bits as integers and rounds towards zero.
+"""Makes Triton's interpreter compute as GPUs do.
+
+Left alone, it multiplies bf16's bits as integers, rounds to bf16 towards zero, and adds up a tile's rows one after the
+other, where compiled code halves them and errs far less.
 
 Importing it has no effect outside the interpreter.
 """
@@ -9,7 +12,7 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
@@ -28,3 +31,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return TensorHandle(rounded, tl.bfloat16)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = _create_dot, _cast_impl
+
+    add_up = ReduceOps.sum
+
+    def _sum(self, input):
+        data = input.handle.data
+        if self.axis is None or self.keep_dims or data.dtype != "float32":
+            return add_up(self, input)
+        while (length := data.shape[self.axis]) > 1:
+            lower, upper = data.take(range(length // 2), self.axis), data.take(range(length // 2, length), self.axis)
+            data = lower + upper
+        return self.to_tensor(data.squeeze(self.axis), input.dtype)
+
+    ReduceOps.sum = _sum
