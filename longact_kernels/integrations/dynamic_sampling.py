@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 # What a row of a generated batch consists of, by the side that is padded; `None` for one value a row.
 PADDED = {
@@ -24,8 +24,8 @@ PADDED = {
 }
 
 
-class DynamicSamplingTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer` that replaces prompts all of whose completions earned the same and so teach nothing.
+class DynamicSamplingMixin:
+    """Makes a `GRPOTrainer` one that replaces prompts all of whose completions earned the same and so teach nothing.
 
     After a batch is generated, groups with zero reward variance are generated anew with other prompts of the training
     set, again and again until every group has a signal or the rounds are used up. Which prompts those are depends on
@@ -38,20 +38,32 @@ class DynamicSamplingTrainer(GRPOTrainer):
 
     Args:
         dynamic_sampling_rounds: how often at most a batch is generated again; 0 for never.
-        kwargs: of `GRPOTrainer`.
+        model, reward_funcs, args, train_dataset, more, kwargs: of `GRPOTrainer`.
 
     Raises:
         ValueError: a setting of TRL's does not go with it.
     """
 
-    def __init__(self, *, dynamic_sampling_rounds: int = 0, args: GRPOConfig, train_dataset, **kwargs):
+    model: Any
+    args: Any
+    state: Any
+    accelerator: Any
+    train_dataset: Any
+    num_generations: int
+    reward_weights: Tensor
+    _metrics: Any
+    _tokenizer: Any
+
+    def __init__(
+        self, model, reward_funcs, args=None, train_dataset=None, *more, dynamic_sampling_rounds: int = 0, **kwargs
+    ):
         self.dynamic_sampling_rounds = dynamic_sampling_rounds
         if dynamic_sampling_rounds:
-            check(args, train_dataset)
-        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+            check(args or GRPOConfig(), train_dataset)
+        super().__init__(model, reward_funcs, args, train_dataset, *more, **kwargs)  # type: ignore[call-arg]
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:
-        by_function = super()._calculate_rewards(*args, **kwargs)
+        by_function = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
         if self.model.training:
             rewards = (
                 (by_function * self.reward_weights.to(by_function.device)).nansum(1).view(-1, self.num_generations)
@@ -62,7 +74,7 @@ class DynamicSamplingTrainer(GRPOTrainer):
         return by_function
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
-        batch = super()._generate_and_score_completions(inputs)
+        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         if not (self.dynamic_sampling_rounds and self.model.training):
             return batch
         if unknown := batch.keys() - PADDED.keys() - {"num_items_in_batch"}:
@@ -79,7 +91,7 @@ class DynamicSamplingTrainer(GRPOTrainer):
                 break
             used += [row["prompt"] for row in fresh]
             start = count * self.accelerator.process_index
-            again = super()._generate_and_score_completions(
+            again = super()._generate_and_score_completions(  # type: ignore[misc]
                 [row for row in fresh[start : start + count] for _ in range(group)]
             )
             slots, found = (mask.nonzero().flatten().tolist() for mask in (~signal, self._signal))

@@ -2,27 +2,8 @@
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
-
-Prompt = str | list[dict[str, str]]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], **template_kwargs) -> list[list[int]]:
-    """Token ids of prompts as the model reads them: plain texts, or lists of chat messages.
-
-    Where the last message is the assistant's, it is the beginning of the answer, and generation continues it.
-    """
-    if isinstance(prompts[0], str):
-        return tokenizer(prompts)["input_ids"]
-    begun = prompts[0][-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=not begun,
-        continue_final_message=begun,
-        return_dict=True,
-        **template_kwargs,
-    )["input_ids"]
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.integrations.common import check_model, connect, mean_churn
+from longact_kernels.sparse.config import LongActConfig
 
 
 class LongActCallback(TrainerCallback):
@@ -29,14 +31,15 @@ class LongActCallback(TrainerCallback):
         self.longact = longact
         self.restore = restore
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         check(self.longact, args)
+        check_model(self.longact, model)
         if self.longact.grad == "compact" and args.max_grad_norm:
             raise ValueError(
                 "grad: the Trainer's gradient clipping does not see compact gradients; use LongActTrainerMixin, "
                 "max_grad_norm=0, or LongAct(grad='full')"
             )
-        attach(self.longact, optimizer)
+        connect(self.longact, optimizer)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -56,7 +59,8 @@ class LongActTrainerMixin:
     also those that reporters get, have the layers' mean `churn`.
 
     Args:
-        longact: the controller of the model's salient sets; `None` trains densely with the same optimizer.
+        longact: the controller of the model's salient sets, or the options of one that is made here, by default
+            LongAct's own; `None` trains densely with the same optimizer.
         optimizer_options: further arguments of `SalientAdamW`, such as `state`.
         args, kwargs: of the trainer.
 
@@ -64,16 +68,23 @@ class LongActTrainerMixin:
         ValueError: `args.optim` asks for another optimizer, or something does not go with `longact`.
     """
 
+    model: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
     args: TrainingArguments
 
-    def __init__(self, *args, longact: LongAct | None, optimizer_options: Mapping[str, Any] = {}, **kwargs):
-        self.longact = longact
+    def __init__(
+        self,
+        *args,
+        longact: LongAct | LongActConfig | None = LongActConfig(),  # noqa: B008  it is frozen
+        optimizer_options: Mapping[str, Any] = {},
+        **kwargs,
+    ):
         self.optimizer_options = optimizer_options
         super().__init__(*args, **kwargs)
-        if longact is not None:
-            check(longact, self.args)
+        self.longact = LongAct(self.model, **vars(longact)) if isinstance(longact, LongActConfig) else longact
+        if self.longact is not None:
+            check(self.longact, self.args)
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if not given and self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
@@ -82,6 +93,8 @@ class LongActTrainerMixin:
             )
 
     def create_optimizer(self, model=None) -> Optimizer:
+        if self.longact is not None:
+            check_model(self.longact, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             options = {
                 "lr": self.args.learning_rate,
@@ -94,7 +107,7 @@ class LongActTrainerMixin:
             self.optimizer_cls_and_kwargs = SalientAdamW, options
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if self.longact is not None:
-            attach(self.longact, optimizer)
+            connect(self.longact, optimizer)
         return optimizer
 
     def _clip_grad_norm(self, model):
@@ -128,17 +141,3 @@ def check(longact: LongAct, args: TrainingArguments) -> None:
             "grad: the Trainer unscales fp16 gradients where compact ones are not seen; use bf16=True, or "
             "LongAct(grad='full')"
         )
-
-
-def mean_churn(longact: LongAct) -> dict[str, float]:
-    """The mean churn over the layers, for a log; nothing before there are two sets."""
-    churn = longact.churn
-    return {"churn": sum(churn.values()) / len(churn)} if churn else {}
-
-
-def attach(longact: LongAct, optimizer: Any) -> None:
-    """Attaches a controller to an optimizer, in whatever wrappers of accelerate it is, unless it is `SalientAdamW`."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, SalientAdamW):
-        longact.attach(optimizer)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from longact_kernels.integrations.generation import Prompt, encode_prompts
+from longact_kernels.integrations.prompts import Prompt, encode_prompts
 from longact_kernels.tasks.catalogue import TASKS, Task
 from longact_kernels.tasks.documents import library, read_questions
 from longact_kernels.tasks.haystack import read_haystack

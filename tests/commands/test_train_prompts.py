@@ -12,7 +12,7 @@ from trl.trainer.utils import RepeatSampler
 from longact_kernels import SalientAdamW
 from longact_kernels.commands.train.arguments import TrainArguments, parse
 from longact_kernels.commands.train.prompts import in_stages, make_prompts, read_sources
-from longact_kernels.integrations.generation import encode_prompts
+from longact_kernels.integrations.prompts import encode_prompts
 from longact_kernels.sparse.config import LongActConfig, fields
 
 TOKENIZER = tiny.tokenizer()

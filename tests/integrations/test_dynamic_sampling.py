@@ -4,9 +4,14 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from longact_kernels.integrations.dynamic_sampling import DynamicSamplingTrainer
+from longact_kernels.integrations.dynamic_sampling import DynamicSamplingMixin
+
+
+class DynamicSamplingTrainer(DynamicSamplingMixin, GRPOTrainer):
+    pass
+
 
 GROUP = 4
 TOKENIZER = tiny.tokenizer(chat=False)

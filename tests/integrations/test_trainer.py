@@ -3,13 +3,14 @@
 import pytest
 import tiny
 import torch
-from conftest import tiny_model, tokens
 from datasets import Dataset
+from models import tiny_model, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from longact_kernels import LongAct, SalientAdamW, SalientLinear
 from longact_kernels.integrations.trainer import LongActCallback, LongActTrainerMixin
+from longact_kernels.sparse.config import LongActConfig
 
 DATA = [{"input_ids": row, "labels": row} for row in tokens(64)]
 
@@ -294,3 +295,40 @@ def test_what_does_not_go_together_is_refused_before_training(tmp_path, how, lon
     with pytest.raises(ValueError, match=message):
         how(model, LongAct(model, **longact_options), arguments(tmp_path, **training)).train()
     assert not any(rows.any() for rows in moved_rows(model))
+
+
+@pytest.mark.parametrize("how", ["callback", "mixin"])
+def test_model_init_is_refused_since_it_makes_another_model(tmp_path, how):
+    longact = LongAct(tiny_model())
+    options = {"model_init": lambda: tiny_model(), "args": arguments(tmp_path), "train_dataset": DATA}
+    if how == "mixin":
+        trainer = SparseTrainer(longact=longact, **options)
+    else:
+        trainer = Trainer(callbacks=[LongActCallback(longact)], **options)
+    with pytest.raises(ValueError, match=r"^longact: model\.layers\.0.* not in the model that is trained.*model_init"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("how", [by_callback, by_mixin])
+def test_a_controller_that_would_do_nothing_is_refused(tmp_path, how):
+    model, other = tiny_model(), tiny_model()
+    longact, strange = LongAct(model), LongAct(other)
+    with pytest.raises(ValueError, match=r"^longact: .* not in the model that is trained"):
+        how(model, strange, arguments(tmp_path)).train()
+    for kind in (torch.optim.AdamW, SalientAdamW):
+        with pytest.raises(ValueError, match=f"^optimizer: {kind.__name__} holds none of the weights"):
+            how(model, longact, arguments(tmp_path), optimizers=(kind(tiny_model().parameters()), None)).train()
+    longact.restore()
+    with pytest.raises(ValueError, match=r"^longact: it is on no layer any more"):
+        how(model, longact, arguments(tmp_path)).train()
+    assert not any(rows.any() for rows in moved_rows(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"longact": LongActConfig(density=0.5)}])
+def test_the_mixin_makes_a_controller_if_none_is_given(tmp_path, options):
+    model = tiny_model()
+    trainer = SparseTrainer(model=model, args=arguments(tmp_path), train_dataset=DATA, **options)
+    trainer.train()
+    assert trainer.longact.steps == 4 and trainer.longact.density == (0.5 if options else 0.3)
+    assert all(rows.any() and not rows.all() for rows in moved_rows(model))

@@ -1,11 +1,13 @@
 """TRL's trainer with LongAct in it."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from longact_kernels import LongAct
 from longact_kernels.integrations.trl import LongActGRPOTrainer
@@ -131,3 +133,19 @@ def test_padding_and_generation_leave_the_statistics_alone(tmp_path):
         plain(input_ids=ids, attention_mask=mask)
     expected = found[0].abs().masked_fill(mask.unsqueeze(-1) == 0, 0).amax((0, 1))
     torch.testing.assert_close(rl.longact.saliency(name), expected)
+
+
+def test_without_arguments_it_has_those_of_trl(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # On a machine without a GPU TRL's own defaults are refused.
+    monkeypatch.setattr("trl.trainer.grpo_trainer.GRPOConfig", partial(GRPOConfig, use_cpu=True, bf16=False))
+    common = {
+        "reward_funcs": share_of_letters,
+        "train_dataset": Dataset.from_dict({"prompt": ["one", "three"]}),
+        "processing_class": tiny.tokenizer(chat=False),
+    }
+    ours = LongActGRPOTrainer(model=tiny.model(), **common)
+    theirs = GRPOTrainer(model=tiny.model(), **common)
+    assert ours.args.to_dict() == theirs.args.to_dict()
+    # Whoever takes it gets LongAct.
+    assert ours.longact.layers and ours.longact.model is ours.model

@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longact_kernels.integrations.generation import encode_prompts
+from longact_kernels.integrations.prompts import encode_prompts
 from longact_kernels.tasks import TASKS, Setting, build_dataset
 from longact_kernels.tasks.build import largest
 from longact_kernels.tasks.documents import Library, Question

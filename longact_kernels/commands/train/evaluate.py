@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from longact_kernels.integrations.generation import Prompt, encode_prompts, generate
+from longact_kernels.integrations.generation import generate
+from longact_kernels.integrations.prompts import Prompt, encode_prompts
 from longact_kernels.tasks.rewards import Reward
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from longact_kernels.commands.train.arguments import TrainArguments
-from longact_kernels.integrations.generation import encode_prompts
+from longact_kernels.integrations.prompts import encode_prompts
 from longact_kernels.tasks import build_dataset
 from longact_kernels.tasks.documents import read_questions
 from longact_kernels.tasks.haystack import read_haystack

@@ -23,8 +23,8 @@ from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
 from longact_kernels.commands.train.report import summarize, summary_table, write_report
+from longact_kernels.commands.train.trainer import DriverTrainer
 from longact_kernels.integrations.transformers import load_model
-from longact_kernels.integrations.trl import LongActGRPOTrainer
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.rewards import Reward, load_reward, string_match_any
 
@@ -69,10 +69,11 @@ class Run:
             train_dataset, self.held_out = make_prompts(arguments, training, self.tokenizer, advance)
         punishment = int(arguments.overlong_share * training.max_completion_length)
         overlong = [get_soft_overlong_punishment(training.max_completion_length, punishment)] if punishment else []
-        self.trainer = LongActGRPOTrainer(
+        self.trainer = DriverTrainer(
             longact=self.longact,
             optimizer_options=arguments.optimizer_options(),
             dynamic_sampling_rounds=arguments.dynamic_sampling_rounds,
+            share_scoring=self.longact is None or self.longact.statistic == "absmax",
             model=self.model,
             args=training,
             reward_funcs=[self.reward, *overlong],
