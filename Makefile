@@ -18,8 +18,8 @@ lint: .venv/.dev  ## what pre-commit and CI check
 bench: .venv/.bench  ## benchmarks beside the peers; ARGS=--full for more
 	$(BIN)/python -m bench $(ARGS)
 
-gpu: .venv/.bench  ## on a GPU: tests, benchmarks, and measured times beside the predicted ones
-	$(BIN)/python -m bench.gpu $(ARGS)
+gpu:  ## on a GPU, with its own Python and no installation: tests, sanitizers, measured times beside the predicted ones
+	$(PYTHON) -m bench.gpu --out runs/gpu $(ARGS)
 
 # One stamp for each set of packages; a later set contains the earlier ones.
 .venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: pyproject.toml constraints.txt

@@ -3,7 +3,7 @@
 Left alone, it multiplies bf16's bits as integers, rounds to bf16 towards zero, and adds up a tile's rows one after the
 other, where compiled code halves them and errs far less.
 
-Importing it has no effect outside the interpreter.
+It also makes the interpreter of triton 3.6 run with numpy 2.5. Importing it has no effect outside the interpreter.
 """
 
 import os
@@ -12,7 +12,17 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        # A scalar is an array of one element, of which triton 3.6 asks what numpy 2.5 no longer gives: int(array).
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
     create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
