@@ -79,7 +79,7 @@ def runs(request, folder, tmp_path_factory):
         assert command.main(arguments(folder, root / "whole", *more)) == 0
         rewarding(patch, step)
         printed = []
-        patch.setattr(command.Console, "print", lambda self, *text, **_: printed.extend(map(str, text)))
+        patch.setattr("rich.console.Console.print", lambda self, *text, **_: printed.extend(map(str, text)))
         assert command.main(arguments(folder, root / "stopped", *more)) == INTERRUPTED
         rewarding(patch)
         shown = shlex.split(printed[-1])

@@ -1,7 +1,5 @@
 """`longact inspect`: its arguments."""
 
-from rich.console import Console
-
 from longact_kernels.commands.console import Parser, numbers, refusing
 from longact_kernels.commands.inspect.options import model_parser
 
@@ -13,6 +11,8 @@ def main(argv: list[str]) -> int:
         Refusal: bad input, or a model whose activations are not finite.
     """
     arguments = parser().parse_args(argv)
+    from rich.console import Console
+
     from longact_kernels.commands.inspect.run import Inspection
 
     with refusing():

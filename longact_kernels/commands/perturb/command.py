@@ -1,7 +1,5 @@
 """`longact perturb`: its arguments."""
 
-from rich.console import Console
-
 from longact_kernels.commands.console import Parser, at_least, numbers, refusing
 from longact_kernels.commands.inspect.options import STATISTICS, model_parser
 from longact_kernels.tasks.catalogue import TASKS
@@ -16,6 +14,8 @@ def main(argv: list[str]) -> int:
         Refusal: bad input, or a model whose activations are not finite.
     """
     arguments = parser().parse_args(argv)
+    from rich.console import Console
+
     from longact_kernels.commands.perturb.run import Perturbation
 
     with refusing():

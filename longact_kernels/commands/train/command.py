@@ -1,11 +1,9 @@
 """`longact train`: how it begins and ends."""
 
 import shlex
-
-from rich.console import Console
+import sys
 
 from longact_kernels.commands.console import INTERRUPTED, refusing
-from longact_kernels.commands.train.arguments import parse
 
 
 def main(argv: list[str]) -> int:
@@ -14,8 +12,15 @@ def main(argv: list[str]) -> int:
     Raises:
         Refusal: bad input; no run has been touched then.
     """
+    if {"-h", "--help"} & {*argv}:
+        # transformers imports it where it is installed, which takes as long as all else that the help needs.
+        sys.modules["peft"] = None  # type: ignore[assignment]
+    from longact_kernels.commands.train.arguments import parse
+
     with refusing():
         arguments, training = parse(argv)
+        from rich.console import Console
+
         from longact_kernels.commands.train.run import Run
 
         run = Run(arguments, training, Console(quiet=training.process_index > 0))
