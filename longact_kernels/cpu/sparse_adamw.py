@@ -55,7 +55,7 @@ class Prepared:
         """Whether the native code reads these formats and layouts, and gives the bits that are wanted."""
         if call.weights[0].dtype == torch.float16 or call.grads[0].dtype == torch.float16:
             return False
-        if not self._along_rows and (call.compact or [grad.shape for grad in call.grads] != self._shapes):
+        if not (self._along_rows or call.compact or [grad.shape for grad in call.grads] == self._shapes):
             return False
         # Whole sets are dense AdamW, and shall have its bits: ATen's square root (MKL's) is not always the nearest
         # number.
@@ -71,32 +71,40 @@ class Prepared:
             self._addresses[count : 2 * count] = array("q", map(Tensor.data_ptr, call.grads))
             for i, (grad, shape) in enumerate(zip(call.grads, self._shapes, strict=True)):
                 self._sizes[9 * i + 4], self._sizes[9 * i + 5] = grad.stride()[0], grad.shape != shape
-        columns = torch.empty(self._scratch, dtype=torch.int64)
+        scratch = torch.empty(self._scratch, dtype=torch.int64)
         scale = 0.0 if call.grad_scale is None else call.grad_scale.item()
         sign = -1 if call.maximize else 1
         scalars = array("d", (call.lr.item(), call.beta1, call.beta2, call.eps, call.weight_decay, scale, sign))
         args = (
-            *(values.buffer_info()[0] for values in (self._addresses, self._sizes, scalars)), columns.data_ptr(),
-            count, *(tensors[0].dtype == torch.bfloat16 for tensors in (call.weights, call.grads, call.exp_avgs)),
-            bool(call.masters), call.compact, -1 if call.seed is None else call.seed & 0xFFFFFFFF, 0,
+            *(values.buffer_info()[0] for values in (self._addresses, self._sizes, scalars)), scratch.data_ptr(), count,
+            *(tensors[0].dtype == torch.bfloat16 for tensors in (call.weights, call.grads, call.exp_avgs)),
+            bool(call.masters), call.compact, -1 if call.seed is None else call.seed & 0xFFFFFFFF,
+            not self._along_rows, 0,
         )  # fmt: skip
-        passes = [(kernels.column_factors, count), (kernels.columns, self._tasks)]
+        if native.run(kernels.check, count, args)[-1]:
+            raise _outside(call)
+        columns = kernels.gathered_columns if call.compact else kernels.columns
+        passes = [(kernels.column_factors, count), (columns, self._tasks)]
         for kernel, tasks in [(kernels.rows, self._tasks)] if self._along_rows else passes:
-            if native.run(kernel, tasks, args)[-1]:
-                raise IndexError(f"index: a channel outside the weight's {call.axis}")
+            native.run(kernel, tasks, args)
+
+
+def _outside(call: AdamWCall) -> IndexError:
+    return IndexError(f"index: a channel outside its weight's {call.axis}; nothing was changed")
 
 
 def _aten(call: AdamWCall) -> None:
     along = 0 if call.axis == "rows" else 1
     lr = call.lr.item()
+    for weight, index in zip(call.weights, call.index, strict=True):
+        if ((index < -1) | (index >= weight.shape[along])).any():
+            raise _outside(call)
     scratch = torch.empty(4, max(_BLOCK, *(max(weight.shape) for weight in call.weights)))
     for i, (weight, index) in enumerate(zip(call.weights, call.index, strict=True)):
         empty = int((index == -1).sum())
         index = index[empty:]
         if not len(index) or not weight.numel():
             continue
-        if index[0] < 0 or index[-1] >= weight.shape[along]:
-            raise IndexError(f"index: a channel outside the weight's {call.axis}")
         compact_grad = call.grads[i].shape != weight.shape
         grad = call.grads[i].narrow(along, empty, len(index)) if compact_grad else call.grads[i]
         states = [states[i] for states in (call.exp_avgs, call.exp_avg_sqs, call.masters) if states]

@@ -145,10 +145,11 @@ def _call(builder, name, *args):
     return builder.call(function, args)
 
 
-def masked_adamw(lanes):
-    """Makes `f(w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)`: AdamW where `floor` is not negative.
+def adamw_of(lanes, masked):
+    """Makes `f(w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)`: AdamW on `lanes` neighbours.
 
-    A loop of so few elements would mostly test whether its operands overlap.
+    If `masked`, step sizes and floors are one an element, and an element whose floor is negative stays as it is; else
+    they are numbers. A loop of so few elements would mostly test whether its operands overlap.
     """
 
     @intrinsic
@@ -159,12 +160,14 @@ def masked_adamw(lanes):
                 return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
             vector = ir.VectorType(_F32, lanes)
-            w, g, m, v, step_size, floor = (_load(builder, pointer, lanes) for pointer in args[:6])
+            w, g, m, v = (_load(builder, pointer, lanes) for pointer in args[:4])
+            step_size, floor = (_load(builder, arg, lanes) if masked else splat(arg) for arg in args[4:6])
             decay, weight1, beta2, weight2 = map(splat, args[6:])
             # torch.lerp starts from the nearer end.
             near = builder.fcmp_ordered("<", weight1, ir.Constant(vector, [0.5] * lanes))
             share = builder.select(near, weight1, builder.fsub(weight1, ir.Constant(vector, [1.0] * lanes)))
             new_m = _call(builder, "fma", share, builder.fsub(g, m), builder.select(near, m, g))
+            # ATen's products are contracted with the sums that take them.
             new_v = _call(builder, "fma", builder.fmul(weight2, g), g, builder.fmul(v, beta2))
             denominator = builder.fadd(_call(builder, "sqrt", new_v), floor)
             update = builder.fdiv(builder.fmul(new_m, step_size), denominator)
@@ -172,7 +175,7 @@ def masked_adamw(lanes):
             salient = builder.fcmp_ordered(">=", floor, ir.Constant(vector, [0.0] * lanes))
             for pointer, new, old in zip((args[0], args[2], args[3]), (new_w, new_m, new_v), (w, m, v), strict=True):
                 target = builder.bitcast(pointer, vector.as_pointer())
-                builder.store(builder.select(salient, new, old), target, align=4)
+                builder.store(builder.select(salient, new, old) if masked else new, target, align=4)
             return context.get_dummy_value()
 
         parameters = (w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)

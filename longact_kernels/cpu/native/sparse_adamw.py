@@ -7,7 +7,8 @@ What the kernels find in `args`, from 2 on; see `longact_kernels.cpu.sparse_adam
   before, channels of a task (along columns: rows), and int64 words that those before take of the scratch for columns
 - scalars: lr, beta1, beta2, eps, weight decay, gradient scale (0: none), sign of the gradient
 - scratch for columns; number of weights; whether weights, gradients and moments are bf16; whether there are masters;
-  whether states are compact; seed (-1: round to nearest); and, set by the kernels, whether an index is wrong
+  whether states are compact; seed (-1: round to nearest); whether channels are columns; and, set by `check`, whether
+  an index is wrong
 
 The operations are those of `torch.optim.AdamW`, except that its two divisions are one. Moments have its bits; weights
 differ in the last one or two.
@@ -20,19 +21,17 @@ from numba import float32, njit, uint32
 
 from longact_kernels.cpu.native import compile_kernel
 from longact_kernels.cpu.native.intrinsics import (
+    adamw_of,
     advance,
     bf16_by_chance,
     bf16_of,
     float32_at,
     float64_at,
     float_of,
-    fma,
     int32_at,
     int64_at,
-    masked_adamw,
     next_task,
     prefetch_of,
-    sqrt,
     uint8_at,
     uint16_at,
     uint32_at,
@@ -40,18 +39,16 @@ from longact_kernels.cpu.native.intrinsics import (
 
 # Elements worked on at a time: the fp32 vectors of that many stay in the first-level cache.
 _BLOCK = 1024
-# Elements between two looks ahead.
-_STEP = 64
 # Neighbouring columns that share a cache line, of which either all are read and written or none.
 _LINE = 16
+# Lines are left out where at least this many times as many hold no salient column.
+_FEW = 3
 # int64 words of one weight in `sizes`.
 _WORDS = 9
 
 _prefetch_line = prefetch_of(64)
-_prefetch_half = prefetch_of(2 * _STEP)
-_prefetch_single = prefetch_of(4 * _STEP)
-_masked_line = masked_adamw(_LINE)
-_masked_single = masked_adamw(1)
+_line, _single = adamw_of(_LINE, masked=False), adamw_of(1, masked=False)
+_masked_line, _masked_single = adamw_of(_LINE, masked=True), adamw_of(1, masked=True)
 
 
 @njit(error_model="numpy")
@@ -65,13 +62,6 @@ def _factors(tau, scalars):
 def _constants(scalars):
     lr, beta1, beta2, decay = scalars[0], scalars[1], scalars[2], scalars[4]
     return float32(1.0 - lr * decay), float32(1.0 - beta1), float32(beta2), float32(1.0 - beta2)
-
-
-@njit(error_model="numpy")
-def _moments(g, m, v, weight1, beta2, weight2):
-    # torch.lerp starts from the nearer end, and ATen's products are contracted with the sums that take them.
-    m = fma(weight1, g - m, m) if weight1 < float32(0.5) else fma(weight1 - float32(1.0), g - m, g)
-    return m, fma(weight2 * g, g, v * beta2)
 
 
 @njit(error_model="numpy")
@@ -135,12 +125,19 @@ def _prefetch(source, is_bf16, start):
     _prefetch_line(uint8_at(source + start * (2 if is_bf16 else 4)))
 
 
-@njit
-def _prefetch_step(source, is_bf16, start):
-    if is_bf16:
-        _prefetch_half(uint8_at(source + start * 2))
-    else:
-        _prefetch_single(uint8_at(source + start * 4))
+@compile_kernel
+def check(args):
+    """One task a weight: notes whether its set has a channel that the weight has not. Changes nothing else."""
+    addresses, sizes, count_of_weights, along_columns = int64_at(args[2]), int64_at(args[3]), args[6], args[13]
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        size, index = advance(sizes, task * _WORDS), int64_at(addresses[2 * count_of_weights + task])
+        channels = size[1] if along_columns else size[0]
+        for slot in range(size[2]):
+            if index[slot] < -1 or index[slot] >= channels:
+                args[14] = 1
 
 
 @compile_kernel
@@ -167,7 +164,7 @@ def rows(args):
             break
         number = _weight_of(task, number, count_of_weights, sizes)
         size, at = advance(sizes, number * _WORDS), advance(addresses, number)
-        N, K, S, weight_stride, grad_stride, compact_grad = size[0], size[1], size[2], size[3], size[4], size[5]
+        K, S, weight_stride, grad_stride, compact_grad = size[1], size[2], size[3], size[4], size[5]
         weight, grad, index = at[0], at[count_of_weights], int64_at(at[2 * count_of_weights])
         exp_avg, exp_avg_sq, step = (
             at[3 * count_of_weights],
@@ -179,9 +176,6 @@ def rows(args):
         for slot in range(first, min(first + size[7], S)):
             row = index[slot]
             if row == -1:
-                continue
-            if row < 0 or row >= N:
-                args[13] = 1
                 continue
             state = slot if compact else row
             tau = step[state] + 1
@@ -205,19 +199,27 @@ def rows(args):
                 v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
                 grad_next = grad_here + (1 if compact_grad else ahead) * grad_stride
                 state_next = state_here + (1 if compact else ahead) * K
-                for k1 in range(0, count, _STEP):
+                k = 0
+                while k + _LINE <= count:
                     if ahead > 0:
-                        _prefetch_step(grad, grad_is_bf16, grad_next + k1)
-                        _prefetch_step(exp_avg, moment_is_bf16, state_next + k1)
-                        _prefetch_step(exp_avg_sq, moment_is_bf16, state_next + k1)
+                        _prefetch(grad, grad_is_bf16, grad_next + k)
+                        _prefetch(exp_avg, moment_is_bf16, state_next + k)
+                        _prefetch(exp_avg_sq, moment_is_bf16, state_next + k)
                         if master != 0:
-                            _prefetch_step(master, 0, state_next + k1)
+                            _prefetch(master, 0, state_next + k)
                         else:
-                            _prefetch_step(weight, weight_is_bf16, here + ahead * weight_stride + k1)
-                    for k in range(k1, min(k1 + _STEP, count)):
-                        m_new, v_new = _moments(g[k], m[k], v[k], weight1, beta2, weight2)
-                        m[k], v[k] = m_new, v_new
-                        w[k] = w[k] * decay - m_new * step_size / (sqrt(v_new) + floor)
+                            _prefetch(weight, weight_is_bf16, here + ahead * weight_stride + k)
+                    _line(
+                        advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                        step_size, floor, decay, weight1, beta2, weight2,
+                    )  # fmt: skip
+                    k += _LINE
+                while k < count:
+                    _single(
+                        advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                        step_size, floor, decay, weight1, beta2, weight2,
+                    )  # fmt: skip
+                    k += 1
                 if moment_is_bf16:
                     moment_key = _hash(uint32(key ^ uint32(1)))
                     _write(exp_avg, state_here, count, m, seed >= 0, moment_key, k0, 16)
@@ -246,51 +248,55 @@ def _write_salient(target, start, count, numbers, floor, by_chance, keys, is_mom
 
 @compile_kernel
 def column_factors(args):
-    """One task a weight: raises τ of its salient columns, and fills its scratch: their number of runs of neighbouring
-    lines with salient columns, then first and end column of each; from int64 number K + 4 on all columns' step sizes,
-    floors (-1 where a column is not salient) and keys."""
+    """One task a weight: raises τ of its salient columns, and fills its scratch: step sizes, floors (-1 where there is
+    no salient column) and keys of all columns, then the number of runs of neighbouring lines with salient columns, and
+    first and end column of each; or, where states are compact, the first three for the set's slots."""
     addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
-    seed = args[12]
+    compact, seed = args[11], args[12]
     while True:
         task = next_task(args)
         if task >= args[1]:
             break
         size = advance(sizes, task * _WORDS)
-        K, S, runs = size[1], size[2], advance(int64_at(args[5]), size[8])
+        K, S, scratch = size[1], size[2], args[5] + 8 * size[8]
+        width = S if compact else K
+        step_size, floor, keys = float32_at(scratch), float32_at(scratch + 4 * width), uint32_at(scratch + 8 * width)
         index = int64_at(addresses[2 * count_of_weights + task])
         step = int32_at(addresses[5 * count_of_weights + task])
-        step_size = float32_at(args[5] + 8 * (size[8] + K + 4))
-        floor = advance(step_size, K)
-        keys = uint32_at(args[5] + 8 * (size[8] + K + 4) + 8 * K)
-        for k in range(K):
+        for k in range(width):
             step_size[k], floor[k] = float32(0.0), float32(-1.0)
         last_tau = 0
         for slot in range(S):
             k = index[slot]
             if k == -1:
                 continue
-            if k < 0 or k >= K:
-                args[13] = 1
-                break
-            tau = step[k] + 1
-            step[k] = tau
+            place = slot if compact else k
+            tau = step[place] + 1
+            step[place] = tau
             if tau != last_tau:
                 factors = _factors(tau, scalars)
                 last_tau = tau
-            step_size[k], floor[k] = factors
-            keys[k] = _key(seed, task, k, tau)
-        count, open_run = 0, False
+            step_size[place], floor[place] = factors
+            keys[place] = _key(seed, task, k, tau)
+        if compact:
+            continue
+        runs = int64_at(scratch + 8 * (3 * K // 2 + 1))
+        count, lines, open_run = 0, 0, False
         for line in range(0, K, _LINE):
             end = min(line + _LINE, K)
             salient = False
             for k in range(line, end):
                 salient |= floor[k] >= 0
             if salient:
+                lines += 1
                 if not open_run:
                     count += 1
                     runs[2 * count - 1] = line
                 runs[2 * count] = end
             open_run = salient
+        if lines * _LINE * _FEW > K:
+            # Leaving lines out costs more than it saves.
+            count, runs[1], runs[2] = 1, 0, K
         runs[0] = count
 
 
@@ -323,16 +329,18 @@ def columns(args):
             at[4 * count_of_weights],
         )
         master = at[6 * count_of_weights] if has_master else 0
-        runs = advance(int64_at(args[5]), size[8])
-        factors = args[5] + 8 * (size[8] + K + 4)
+        scratch = args[5] + 8 * size[8]
+        runs = int64_at(scratch + 8 * (3 * K // 2 + 1))
         # Hardware does not see ahead where lines are left out: the next row's are asked for.
-        gaps = runs[0] * 8 * _LINE > K
+        gaps = runs[0] > 1
         first = (task - size[6]) * size[7]
         for row in range(first, min(first + size[7], N)):
             for run in range(runs[0]):
                 end = runs[2 * run + 2]
                 for k0 in range(runs[2 * run + 1], end, _BLOCK):
                     count = min(_BLOCK, end - k0)
+                    step_size = float32_at(scratch + 4 * k0)
+                    floor, keys = advance(step_size, K), uint32_at(scratch + 8 * K + 4 * k0)
                     here, state_here = row * weight_stride + k0, row * K + k0
                     g = _read(grad, grad_is_bf16, row * grad_stride + k0, count, g_buffer, divisor, sign)
                     if master != 0:
@@ -341,9 +349,6 @@ def columns(args):
                         w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
                     m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
                     v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
-                    step_size = float32_at(factors + 4 * k0)
-                    floor = advance(step_size, K)
-                    keys = uint32_at(factors + 8 * K + 4 * k0)
                     k = 0
                     while k + _LINE <= count:
                         if gaps:
@@ -375,3 +380,94 @@ def columns(args):
                         single = advance(float32_at(weight), here)
                         for k in range(count):
                             single[k] = w[k] if floor[k] >= 0 else single[k]
+
+
+@njit
+def _gather(source, is_bf16, start, places, count, buffer):
+    """Numbers of some columns of a row, as fp32."""
+    if is_bf16:
+        half = advance(uint16_at(source), start)
+        for k in range(count):
+            buffer[k] = float_of(half[places[k]])
+    else:
+        single = advance(float32_at(source), start)
+        for k in range(count):
+            buffer[k] = single[places[k]]
+
+
+@njit
+def _scatter(target, is_bf16, start, places, count, numbers, by_chance, keys, row):
+    """Writes numbers to some columns of a row."""
+    half, single = advance(uint16_at(target), start), advance(float32_at(target), start)
+    if by_chance:
+        for k in range(count):
+            half[places[k]] = bf16_by_chance(numbers[k], uint32(_hash(uint32(keys[k] ^ uint32(row))) >> uint32(16)))
+    elif is_bf16:
+        for k in range(count):
+            half[places[k]] = bf16_of(numbers[k])
+    else:
+        for k in range(count):
+            single[places[k]] = numbers[k]
+
+
+@compile_kernel
+def gathered_columns(args):
+    """As `columns`, where the states hold the salient columns only: what else is whole, is picked row by row."""
+    addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
+    weight_is_bf16, grad_is_bf16, moment_is_bf16, has_master, seed = args[7], args[8], args[9], args[10], args[12]
+    decay, weight1, beta2, weight2 = _constants(scalars)
+    divisor, sign = float32(scalars[5]), float32(scalars[6])
+    scratch = np.empty(4 * _BLOCK, np.float32)
+    gathered = scratch.ctypes.data + 4 * _BLOCK
+    w_buffer, g_buffer = float32_at(scratch.ctypes.data), float32_at(gathered)
+    m_buffer, v_buffer = advance(w_buffer, 2 * _BLOCK), advance(w_buffer, 3 * _BLOCK)
+    number = 0
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        number = _weight_of(task, number, count_of_weights, sizes)
+        size, at = advance(sizes, number * _WORDS), advance(addresses, number)
+        N, S, weight_stride, grad_stride, compact_grad = size[0], size[2], size[3], size[4], size[5]
+        weight, grad, index = at[0], at[count_of_weights], int64_at(at[2 * count_of_weights])
+        exp_avg, exp_avg_sq = at[3 * count_of_weights], at[4 * count_of_weights]
+        master = at[6 * count_of_weights] if has_master else 0
+        first, empty = (task - size[6]) * size[7], 0
+        while empty < S and index[empty] == -1:
+            empty += 1
+        for row in range(first, min(first + size[7], N)):
+            for s0 in range(empty, S, _BLOCK):
+                count, here, state_here = min(_BLOCK, S - s0), row * weight_stride, row * S + s0
+                places = advance(index, s0)
+                step_size = float32_at(args[5] + 8 * size[8] + 4 * s0)
+                floor, keys = advance(step_size, S), uint32_at(args[5] + 8 * size[8] + 8 * S + 4 * s0)
+                if compact_grad:
+                    g = _read(grad, grad_is_bf16, row * grad_stride + s0, count, g_buffer, divisor, sign)
+                else:
+                    _gather(grad, grad_is_bf16, row * grad_stride, places, count, g_buffer)
+                    g = _read(gathered, 0, 0, count, g_buffer, divisor, sign)
+                if master != 0:
+                    w = advance(float32_at(master), state_here)
+                else:
+                    _gather(weight, weight_is_bf16, here, places, count, w_buffer)
+                    w = w_buffer
+                m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
+                v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
+                k = 0
+                while k + _LINE <= count:
+                    _masked_line(
+                        advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                        advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
+                    )  # fmt: skip
+                    k += _LINE
+                while k < count:
+                    _masked_single(
+                        advance(w, k), advance(g, k), advance(m, k), advance(v, k),
+                        advance(step_size, k), advance(floor, k), decay, weight1, beta2, weight2,
+                    )  # fmt: skip
+                    k += 1
+                if moment_is_bf16:
+                    _write_salient(exp_avg, state_here, count, m, floor, seed >= 0, keys, True, row, 16)
+                    _write_salient(exp_avg_sq, state_here, count, v, floor, seed >= 0, keys, True, row, 0)
+                by_chance = seed >= 0 and weight_is_bf16 and master == 0
+                _scatter(weight, weight_is_bf16, here, places, count, w, by_chance, keys, row)
