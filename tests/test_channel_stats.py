@@ -114,7 +114,7 @@ def test_more_packed_sequences_than_a_block_holds():
     check(torch.randn(400, 20, device=DEVICE), torch.rand(400, device=DEVICE) < 0.9, bounds)
 
 
-@pytest.mark.parametrize("bounds", [[0, 50_000_000], [2, 5, 2**40], [-(2**40), 3], [-1, 8], [9, 12]])
+@pytest.mark.parametrize("bounds", [[0, 50_000_000], [2, 5, 2**40], [-(2**40), 3], [-1, 8], [-5000, 3], [9, 12]])
 def test_bounds_beyond_the_tokens(bounds):
     """An error on a CPU; where the host does not look, they are held within the tokens: no neighbour is read."""
     memory = torch.full((24, 16), torch.nan, device=DEVICE)
@@ -204,11 +204,10 @@ far = pytest.mark.skipif(not INTERPRETED, reason="runs single programs on a spar
 FAR = 2**31 + 2**10
 
 
-def partial(index, y, mask, bounds, sizes, absmax=None, sumsq=None):
+def partial(index, y, mask, bounds, sizes):
     from longact_kernels.csrc_triton.channel_stats import channel_stats_partial, partial_config
 
-    absmax = torch.empty(2, 16, dtype=torch.int32) if absmax is None else absmax
-    sumsq = torch.empty(2, 16) if sumsq is None else sumsq
+    absmax, sumsq = torch.empty(6, 16, dtype=torch.int32), torch.empty(6, 16)
     with program(*index):
         channel_stats_partial[(1, 1)](y, mask, bounds, absmax, sumsq, *sizes, **partial_config("sm_90", 2, True))
     return absmax[index[0]].view(torch.float32)[0].item(), sumsq[index[0]][0].item()
@@ -217,23 +216,21 @@ def partial(index, y, mask, bounds, sizes, absmax=None, sumsq=None):
 @far
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_far_apart(packed):
-    y, stride, T = SparseMemory(2 * FAR, torch.bfloat16), FAR // 8, 16
+    y, stride, T = SparseMemory(3 * FAR, torch.bfloat16), FAR // 32, 80
     for token in range(T):
         y.at(token * stride, 16).fill_(token)
     bounds = torch.tensor([0, T]) if packed else None
-    # Eight tokens a piece: those of the second lie beyond 2^31, and in a piece of all tokens half of them.
-    assert partial((1, 0), y.at(0), None, bounds, (1, T, 16, 8, 2, 0, stride)) == (
-        15.0,
-        sum(t * t for t in range(8, 16)),
-    )
-    assert partial((0, 0), y.at(0), None, bounds, (1, T, 16, T, 1, 0, stride)) == (15.0, sum(t * t for t in range(16)))
+    # All tokens in one piece, which is longer than a tile; and 40 in each of two, the second beyond 2^31.
+    for piece, chunk, tokens in ((0, T, range(T)), (1, 40, range(40, T))):
+        wanted = T - 1, sum(t * t for t in tokens)
+        assert partial((piece, 0), y.at(0), None, bounds, (1, T, 16, chunk, T // chunk, 0, stride)) == wanted
 
 
 @far
 def test_sequences_far_apart():
-    y = SparseMemory(FAR, torch.bfloat16)
-    y.at(FAR, 16).fill_(3.0)
-    assert partial((1, 0), y.at(0), None, None, (2, 1, 16, 16, 1, FAR, 16)) == (3.0, 9.0)
+    y, stride = SparseMemory(3 * 2**30, torch.bfloat16), 2**30 + 16
+    y.at(2 * stride, 16).fill_(3.0)
+    assert partial((2, 0), y.at(0), None, None, (3, 1, 16, 16, 1, stride, 16)) == (3.0, 9.0)
 
 
 @far
@@ -241,8 +238,7 @@ def test_a_mask_of_many_tokens():
     mask, T, y = SparseMemory(FAR + 2**30, torch.uint8), 2**30 + 8, torch.full((16,), 2.0)
     mask.at(3 * T - 3).fill_(1)
     # The last tokens of the third sequence; all tokens are one and the same in memory.
-    absmax, sumsq = torch.empty(6, 16, dtype=torch.int32), torch.empty(6, 16)
-    assert partial((5, 0), y, mask.at(0), None, (3, T, 16, T - 8, 2, 0, 0), absmax, sumsq) == (2.0, 4.0)
+    assert partial((5, 0), y, mask.at(0), None, (3, T, 16, T - 8, 2, 0, 0)) == (2.0, 4.0)
 
 
 @far

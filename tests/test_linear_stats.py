@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_memory import SparseMemory, program
 from traffic import count_bytes
 
 from longact_kernels import ops
@@ -84,6 +85,34 @@ def test_several_tiles_in_every_direction(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_more_tiles_than_a_group_and_more_sequences_than_a_block(impl):
+    """Eleven rows of tiles and three columns; 140 packed sequences, the search among which takes eight steps."""
+    x, weight = randn(700, 24), randn(150, 24, seed=1)
+    check(impl, x, weight)
+    bounds = torch.randint(0, 700, (141,), generator=torch.Generator().manual_seed(0)).sort().values
+    check(impl, x, weight, None, None, bounds.to(DEVICE))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bounds", [[0, 50_000_000], [2, 5, 2**40], [-(2**40), 3], [7, 1, 9, -5, 8, 0]])
+def test_bounds_beyond_the_tokens(impl, bounds):
+    """An error on a CPU; where the host does not look, they are held within the tokens: no neighbour is read."""
+    memory = torch.full((24, 16), torch.nan, device=DEVICE)
+    x, weight, cu_seqlens = memory[8:16], randn(32, 16), torch.tensor(bounds, device=DEVICE)
+    x.copy_(randn(8, 16, seed=1))
+    if impl == "auto":
+        with pytest.raises(ValueError, match=r"^cu_seqlens: got \[.*needed bounds that ascend within 0 .. 8"):
+            ops.linear_stats(x, weight, cu_seqlens=cu_seqlens)
+    else:
+        y, absmax, _ = ops.linear_stats(x, weight, cu_seqlens=cu_seqlens, impl=impl)
+        assert absmax.isfinite().all()
+        if bounds == sorted(bounds):
+            torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+            held = ops.linear_stats(x, weight, cu_seqlens=cu_seqlens.clamp(0, 8), impl=impl)
+            assert torch.equal(absmax, held[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nonfinite_values_survive_unless_masked_out(impl):
     x, weight = randn(2, 5, 8), randn(6, 8, seed=1)
     x[1, 2, 0], x[1, 4, 0] = float("nan"), float("inf")
@@ -126,9 +155,31 @@ def test_sums_of_squares_can_be_left_out(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_than_two_to_the_31_elements_apart(impl):
     """The third row begins 2³¹ elements after the first; memory in between is never touched."""
-    x = torch.empty_strided((3, 16), (2**30, 1), dtype=torch.bfloat16, device=DEVICE)
-    x.copy_(randn(3, 16))
+    x, weight = (torch.empty_strided((3, 16), (2**30, 1), dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    x.copy_(randn(3, 16)), weight.copy_(randn(3, 16, seed=1))
     check(impl, x, randn(20, 16, dtype=torch.bfloat16, seed=1))
+    check(impl, x[:2].clone(), weight)
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs single programs on a sparse address range")
+def test_outputs_beyond_two_to_the_31_elements():
+    """The last of so many sequences of one token each: its row of y and its sums of squares lie that far away."""
+    from longact_kernels.csrc_triton.linear_stats import launch_config, linear_stats_kernel
+
+    N, M, K = 2**20, 2**11 + 8, 16
+    x, weight, absmax = randn(1, K), randn(1, K, seed=1), torch.zeros(64, dtype=torch.int32)
+    y, sums = (SparseMemory(M * N, torch.float32) for _ in range(2))
+    config = launch_config("sm_90", 4, True)
+    last_group = (M - 8) * -(-N // config["BLOCK_N"])
+    with program(last_group + 7):
+        linear_stats_kernel[(1,)](
+            x, weight, None, y.at(0), None, None, absmax, sums.at(0), M, N, K, 1, M, M, 0, 0,
+            OVERFLOW=float("inf"), EVEN_K=False, PRECISION="ieee", **config,
+        )  # fmt: skip
+    value = (x.double() @ weight.double().T).float().expand(1, 64)
+    for seen, wanted in ((y, value), (sums, value.square())):
+        torch.testing.assert_close(seen.at((M - 1) * N, 64), wanted[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(absmax.view(torch.float32), value[0].abs(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

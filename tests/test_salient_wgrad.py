@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sparse_memory import SparseMemory, program
 from traffic import count_bytes
 
 from longact_kernels import ops
@@ -165,6 +166,54 @@ def test_more_than_two_to_the_31_elements_apart():
     dy.copy_(randn(3, 16)), x.copy_(randn(3, 16, seed=1))
     for axis in ("rows", "columns"):
         check(ops.salient_wgrad(dy, x, some(16, 5), axis), dy, x, some(16, 5), axis, False)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="an error there: tests/test_cpu_salient_wgrad.py")
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_a_channel_that_is_not_there_reads_no_neighbour(axis):
+    memory = torch.full((50, 64), torch.nan, device=DEVICE)
+    near, other = memory[:, :32], randn(50, 32, seed=1)
+    near.copy_(randn(50, 32))
+    rows = torch.tensor([3, 40], device=DEVICE)
+    compact = ops.salient_wgrad(*((near, other) if axis == "rows" else (other, near)), rows, axis, compact=True)
+    slots = compact if axis == "rows" else compact.T
+    assert (slots[1] == 0).all() and slots[0].isfinite().all()
+
+
+far = pytest.mark.skipif(not interpreted(), reason="runs single programs on a sparse address range")
+
+
+@far
+def test_packed_tokens_beyond_two_to_the_31_elements():
+    from longact_kernels.csrc_triton.salient_wgrad import PACK_CONFIG, pack_kernel
+
+    M, P, x = 2**27 + 16, 16, randn(1, 32, dtype=torch.bfloat16)
+    rows, packed = some(32, 16), SparseMemory(M * P, torch.bfloat16)
+    with program(M // PACK_CONFIG["BLOCK_M"] - 1, 0):
+        pack_kernel[(1, 1)](x, rows, packed.at(0), M, 32, 16, P, 0, **PACK_CONFIG)
+    assert torch.equal(packed.at((M - 1) * P, P), x[0, rows])
+
+
+@far
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_lines_of_a_product_beyond_two_to_the_31_elements(axis, compact, accumulate):
+    from longact_kernels.csrc_triton.salient_wgrad import SCATTER_CONFIG, scatter_kernel
+
+    stride, lines = 2**30 + 64, 4
+    product, out = SparseMemory(lines * stride, torch.float32), SparseMemory(lines * stride, torch.float32)
+    for line in range(lines):
+        product.at(line * stride, lines).copy_(torch.arange(lines) + 10 * line + 1)
+        out.at(line * stride, lines).fill_(100 * (line + 1))
+    before = torch.stack([out.at(line * stride, lines) for line in range(lines)]).clone()
+    scatter_kernel[(1, 1)](
+        product.at(0), torch.arange(lines), out.at(0), lines, lines, lines, lines, lines.bit_length(), stride, stride,
+        COLUMNS=axis == "columns", COMPACT=compact, WHOLE=False, ACCUMULATE=accumulate, FILL=not accumulate,
+        **SCATTER_CONFIG,
+    )  # fmt: skip
+    written = torch.stack([product.at(line * stride, lines) for line in range(lines)]) + (before if accumulate else 0)
+    assert torch.equal(torch.stack([out.at(line * stride, lines) for line in range(lines)]), written)
 
 
 @pytest.mark.parametrize(

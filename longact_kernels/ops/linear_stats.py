@@ -129,7 +129,8 @@ def _fused(
         num_pid_m = B * -(-T // BLOCK_M)
     else:
         B = len(cu_seqlens) - 1
-        cu_seqlens = cu_seqlens.to(torch.int32)
+        # The kernel and the sums follow them.
+        cu_seqlens = cu_seqlens.clamp(0, M).to(torch.int32)
         num_pid_m = -(-M // BLOCK_M) + B + 1
     partial = x.new_empty((num_pid_m, N), dtype=torch.float32) if l2 else None
     if M and N:
