@@ -102,7 +102,7 @@ def draw(results: dict[str, Step], title: str, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from longact_kernels.plots import LIGHT
+    from longact_kernels.sparse.figures import LIGHT
 
     with rc_context(LIGHT):
         figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -4,21 +4,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longact_kernels.modules import SalientLinear
     from longact_kernels.optim import SalientAdamW
-    from longact_kernels.saliency import LongAct
     from longact_kernels.sparse.config import LongActConfig
+    from longact_kernels.sparse.controller import LongAct
+    from longact_kernels.sparse.layer import SalientLinear
     from longact_kernels.warning import LongActWarning
 
 __all__ = ["LongAct", "LongActConfig", "LongActWarning", "SalientAdamW", "SalientLinear"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "LongAct": "saliency",
+    "LongAct": "sparse.controller",
     "LongActConfig": "sparse.config",
     "LongActWarning": "warning",
     "SalientAdamW": "optim",
-    "SalientLinear": "modules",
+    "SalientLinear": "sparse.layer",
 }
 
 

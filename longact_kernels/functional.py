@@ -4,7 +4,7 @@ Each op's docstring gives the equivalent torch code. `sparse_adamw_` and `carry_
 return new ones; only `salient_linear` and `observe` are differentiable.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class RunningStats(NamedTuple):
     l2_sum: Tensor | None = None
     sequences: Tensor | None = None
 
+    @property
+    def l2(self) -> bool:
+        """Whether sums of squares are taken."""
+        return self.l2_sum is not None
+
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
         """Takes in the statistics of one more activation, as `channel_stats` returns them."""
         torch.maximum(self.absmax, absmax, out=self.absmax)
@@ -52,14 +57,14 @@ class RunningStats(NamedTuple):
 class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, stats, mask, cu_seqlens, channels):
-        ctx.stats = stats
-        ctx.save_for_backward(*channel_stats(channels, mask, cu_seqlens, stats.l2_sum is not None))
+        # On the node itself, as in `_Project`.
+        ctx.stats, ctx.measured = stats, channel_stats(channels, mask, cu_seqlens, stats.l2)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        ctx.stats.merge_(*ctx.saved_tensors)
+        ctx.stats.merge_(*ctx.measured)
         return dy, None, None, None, None
 
 
@@ -84,50 +89,103 @@ def observe(
     return _Observe.apply(y, stats, mask, cu_seqlens, (y if channels is None else channels).detach())
 
 
-class _SalientLinear(torch.autograd.Function):
+class Target(Protocol):
+    """What the gradient of a projection's weight goes to: the salient set of a layer, or what a caller gives.
+
+    Attributes:
+        axis, transposed: as in `salient_linear`.
+    """
+
+    axis: Axis
+    transposed: bool
+
+    def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
+        """Takes the statistics of the activation, when its gradient comes; returns the set, None for every channel."""
+
+    def accumulator(self) -> tuple[Tensor, bool] | None:
+        """What a compact gradient is written to, and whether it is added; None for the weight's own gradient."""
+
+
+class _Given:
+    """The target that `salient_linear` is given in parts."""
+
+    def __init__(self, index, stats, axis, transposed, grad):
+        self.index, self.stats, self.axis, self.transposed, self.grad = index, stats, axis, transposed, grad
+
+    def begin(self, measured):
+        if measured:
+            self.stats.merge_(*measured)
+        return self.index
+
+    def accumulator(self):
+        return None if self.grad is None else (self.grad, True)
+
+
+class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, stats, mask, cu_seqlens, axis, transposed, grad):
-        ctx.stats, ctx.axis, ctx.transposed, ctx.grad = stats, axis, transposed, grad
-        matrix = weight.t() if transposed else weight
-        measured: tuple[Tensor, ...] = ()
-        if stats is None:
+    def forward(ctx, x, weight, bias, target, l2, mask, cu_seqlens):
+        matrix = weight.t() if target.transposed else weight
+        # On the node itself, not among its saved tensors: where non-reentrant checkpointing repeats the forward and
+        # refills those, these stay what the first one measured, with the tokens of its own call.
+        ctx.target, ctx.measured = target, ()
+        if l2 is None:
             y = torch.nn.functional.linear(x, matrix, bias)
-        elif axis == "rows":
-            y, absmax, sumsq = linear_stats(x, matrix, bias, mask, cu_seqlens, stats.l2_sum is not None)
-            measured = absmax, sumsq
+        elif target.axis == "rows":
+            y, *measured = linear_stats(x, matrix, bias, mask, cu_seqlens, l2)
+            ctx.measured = tuple(measured)
         else:
             y = torch.nn.functional.linear(x, matrix, bias)
-            measured = channel_stats(x, mask, cu_seqlens, stats.l2_sum is not None)
-        ctx.save_for_backward(x, weight, rows, *measured)
+            ctx.measured = channel_stats(x, mask, cu_seqlens, l2)
+        ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, rows, *measured = ctx.saved_tensors
-        if ctx.stats is not None:
-            # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient
-            # comes from, would otherwise count as well.
-            ctx.stats.merge_(*measured)
+        x, weight = ctx.saved_tensors
+        target, transposed = ctx.target, ctx.target.transposed
+        # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
+        # from, would otherwise count as well.
+        index = target.begin(ctx.measured)
         dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = (dy2 @ (weight.t() if ctx.transposed else weight)).view(x.shape)
+            dx = (dy2 @ (weight.t() if transposed else weight)).view(x.shape)
         if ctx.needs_input_grad[1]:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
-            if rows is None:
-                dw = x2.T @ dy2 if ctx.transposed else (x2.T @ dy2).T
+            if index is None:
+                dw = x2.T @ dy2 if transposed else (x2.T @ dy2).T
             else:
                 # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
-                along: Axis = "columns" if (ctx.axis == "columns") != ctx.transposed else "rows"
-                left, right = (x2, dy2) if ctx.transposed else (dy2, x2)
-                if ctx.grad is None:
-                    dw = salient_wgrad(left, right, rows, along)
+                along: Axis = "columns" if (target.axis == "columns") != transposed else "rows"
+                left, right = (x2, dy2) if transposed else (dy2, x2)
+                if (into := target.accumulator()) is None:
+                    dw = salient_wgrad(left, right, index, along)
                 else:
-                    salient_wgrad(left, right, rows, along, compact=True, out=ctx.grad, accumulate=True)
+                    out, add = into
+                    salient_wgrad(left, right, index, along, compact=True, out=out, accumulate=add)
         if ctx.needs_input_grad[2]:
             db = dy2.sum(0)
-        return dx, dw, db, None, None, None, None, None, None, None
+        return dx, dw, db, None, None, None, None
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    l2: bool | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """`salient_linear` whose set, statistics and gradient are looked up in `target` when backward comes.
+
+    Args:
+        x, weight, bias, mask, cu_seqlens: as in `salient_linear`.
+        target: where to look.
+        l2: whether statistics need sums of squares; None to take none.
+    """
+    return _Project.apply(x, weight, bias, target, l2, mask, cu_seqlens)
 
 
 def salient_linear(
@@ -171,4 +229,5 @@ def salient_linear(
     Returns:
         y [..., T, N].
     """
-    return _SalientLinear.apply(x, weight, bias, rows, stats, mask, cu_seqlens, axis, transposed, grad)
+    l2 = None if stats is None else stats.l2
+    return project(x, weight, bias, _Given(rows, stats, axis, transposed, grad), l2, mask, cu_seqlens)

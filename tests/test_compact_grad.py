@@ -62,7 +62,7 @@ def test_training_is_that_of_whole_gradients(state, axis):
     for (name, p), q in zip(full.named_parameters(), compact.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     for name, layer in sets.layers.items():
-        assert torch.equal(layer.salient.rows, sets_too.layers[name].salient.rows)
+        assert torch.equal(layer.salient.index, sets_too.layers[name].salient.index)
 
 
 def test_weights_get_no_gradient_of_their_own_after_the_first_step():
@@ -70,7 +70,7 @@ def test_weights_get_no_gradient_of_their_own_after_the_first_step():
     backward(model, tokens())
     for layer in longact.layers.values():
         assert layer.weight.grad is None
-        assert layer.salient.grad.shape == (len(layer.salient.rows), layer.in_features)
+        assert layer.salient.grad.shape == (len(layer.salient.index), layer.in_features)
         assert layer.salient.grad.any(1).all()
 
 
@@ -89,7 +89,7 @@ def test_clipping_is_that_of_torch_over_the_same_gradients():
     clipped += [layer.salient.grad for layer in longact.layers.values()]
     torch.testing.assert_close(clipped, [leaf.grad for leaf in leaves])
     # With whole gradients it is torch's own, after masking.
-    other = next(m for m in twin.modules() if hasattr(m, "salient")).salient.owner
+    other = LongAct.of(twin)
     other.restore()
     whole = LongAct(twin, selection="current")
     backward(twin, tokens())
@@ -102,7 +102,7 @@ def test_zero_grad_clears_the_accumulators():
     optimizer = SalientAdamW(model.parameters(), longact=longact)
     backward(model, tokens())
     optimizer.zero_grad()
-    assert not longact.grads.any()
+    assert longact.compact_grads() == []
 
 
 def test_what_it_does_not_go_with_is_said():

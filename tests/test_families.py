@@ -18,7 +18,8 @@ from families import CLASSES, family_model
 from torch import nn
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.models import Projection, find_projections, rotary_pairs
+from longact_kernels.sparse.projections import Projection, find_projections
+from longact_kernels.sparse.rotary import rotary_pairs
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
@@ -279,7 +280,7 @@ def test_a_step_moves_the_salient_rows_and_the_dense_ones(family, tiny):
             continue
         moved = (weight != weights[f"{projection.name}.weight"]).any(dim=0 if projection.transposed else 1)
         expected = rows(projection, None)
-        expected[layer.salient.rows] = True
+        expected[layer.salient.index] = True
         assert torch.equal(moved, expected)
         for kind in "qk":
             count = [int(0.3 * head.size + 0.5) for head in projection.heads if head.kind == kind]

@@ -15,7 +15,7 @@ HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
 
 def sets(longact) -> dict[str, list[int]]:
-    return {name: layer.salient.rows.tolist() for name, layer in longact.layers.items()}
+    return {name: index.tolist() for name, index in longact.sets.items()}
 
 
 def salient_run(state="full", optimizer=None, **options):
@@ -115,7 +115,7 @@ def test_step_hooks_see_masked_gradients_and_closures_may_run_twice():
     optimizer.step(closure)
     assert seen[0] == seen[2] == "before" and [type(entry) for entry in seen[1::2]] == [dict, dict]
     assert loss > 0
-    rows = longact.layers["model.layers.0.self_attn.q_proj"].salient.rows.tolist()
+    rows = longact.layers["model.layers.0.self_attn.q_proj"].salient.index.tolist()
     assert weight.grad.any(1).nonzero().flatten().tolist() == rows
 
 
@@ -137,7 +137,7 @@ def test_a_copy_trains_on_its_own(how, options, monkeypatch):
     assert (sets(longact), longact.steps) == before[1:]
     train(model, optimizer, range(3, 6))
     assert_same_weights(other, model)
-    copied = next(m for m in other.modules() if hasattr(m, "salient")).salient.owner
+    copied = LongAct.of(other)
     assert copied is not longact and sets(copied) == sets(longact)
 
 

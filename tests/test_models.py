@@ -6,7 +6,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import tiny_model
 
 from longact_kernels import LongAct
-from longact_kernels.models import find_projections
+from longact_kernels.sparse.projections import find_projections
 
 
 def test_finds_every_projection_with_its_head_size(model):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.modules import salient_weights
+from longact_kernels.sparse.controller import salient_weights
 
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
@@ -63,7 +64,8 @@ class OneLayer:
         self.optimizer = SalientAdamW([self.weight], **{**HYPER, **options})
 
     def step(self, grad: torch.Tensor, rows: torch.Tensor) -> None:
-        self.layer.salient.rows, self.layer.salient.fixed = rows, True
+        salient = self.layer.salient
+        salient.index, salient.active, salient.chosen, salient.version = rows, True, True, salient.version + 1
         self.weight.grad = torch.zeros_like(self.weight).index_copy(0, rows, grad[rows])
         self.optimizer.step()
 
@@ -242,7 +244,7 @@ def test_finds_salient_weights_without_being_told():
     optimizer = SalientAdamW(model.parameters(), lr=1e-3)
     backward(model, tokens())
     optimizer.step()
-    assert longact.steps == 1 and longact.layers["model.layers.0.self_attn.q_proj"].salient.rows is not None
+    assert longact.steps == 1 and longact.layers["model.layers.0.self_attn.q_proj"].salient.index is not None
 
 
 def test_a_longact_of_another_model_is_refused():
@@ -263,7 +265,7 @@ def test_stock_optimizer_sees_masked_gradients_in_the_weights_own_shape():
         optimizer.step()
         for name, layer in longact.layers.items():
             outside = torch.ones(layer.out_features, dtype=torch.bool)
-            outside[layer.salient.rows] = False
+            outside[layer.salient.index] = False
             plain.get_submodule(name).weight.grad[outside] = 0
         reference.step()
         optimizer.zero_grad()
@@ -305,8 +307,25 @@ def test_another_kind_of_state_is_explained():
 
 
 @pytest.mark.parametrize(
-    "argument", [{"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": float("nan")}, {"betas": (0.9, 1.0)}, {"state": "half"}]
+    "argument",
+    [
+        {"lr": -1.0},
+        {"eps": -1e-8},
+        {"weight_decay": float("nan")},
+        {"betas": (0.9, 1.0)},
+        {"lr": torch.tensor([1e-3, 1e-3])},
+        {"foreach": True, "fused": True},
+        {"lr": torch.tensor(1e-3), "foreach": True},
+    ],
 )
+def test_torchs_arguments_are_refused_in_torchs_words(argument):
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        torch.optim.AdamW(tiny_model().parameters(), **argument)
+    with pytest.raises(type(theirs.value), match=f"^{re.escape(str(theirs.value))}$"):
+        SalientAdamW(tiny_model().parameters(), **argument)
+
+
+@pytest.mark.parametrize("argument", [{"state": "half"}, {"moments": torch.float16}])
 def test_bad_arguments_are_named(argument):
     (name,) = argument
     with pytest.raises(ValueError, match=f"^{name}: got"):
@@ -375,11 +394,12 @@ def test_the_set_starts_with_the_moments_of_torch_adamw(state):
     optimizer = SalientAdamW(model.parameters(), longact=longact, state=state)
     optimizer.load_state_dict(reloaded(stock))
     twin = copy.deepcopy(model)
+    LongAct.of(twin).restore()
     weights = {name: layer.weight.detach().clone() for name, layer in longact.layers.items()}
     backward(model, tokens(seed=3))
     grads = {name: layer.weight.grad.clone() for name, layer in longact.layers.items()}
     longact.mask_gradients()
-    rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
+    rows = {name: layer.salient.index for name, layer in longact.layers.items()}
     optimizer.step()
     for name, p in twin.named_parameters():
         p.grad = grads.get(name.removesuffix(".weight"), model.get_parameter(name).grad)

@@ -7,7 +7,7 @@ import pytest
 from conftest import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.plots import report_figure
+from longact_kernels.sparse.figures import report_figure
 
 
 def trained(steps=2, **options):
@@ -55,6 +55,6 @@ def test_what_is_missing_is_said(monkeypatch):
     longact = LongAct(tiny_model())
     with pytest.raises(RuntimeError, match=r"^plot: there is no salient set yet"):
         longact.plot()
-    monkeypatch.setitem(sys.modules, "longact_kernels.plots", None)
+    monkeypatch.setitem(sys.modules, "longact_kernels.sparse.figures", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         longact.plot()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longact_kernels.selection import Selection, share
+from longact_kernels.sparse.selection import Selection, share
 
 
 def best(saliency: dict[int, float], count: int) -> set[int]:

@@ -44,7 +44,7 @@ def _rank(rank, file, options, reload_at, results, dtype=torch.float32, form=Non
     fully_shard(model, mesh=mesh)
     longact = train(model, options, [tokens(4, seed=step).chunk(2)[rank] for step in range(4)], reload_at, form)
     weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-    rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
+    rows = longact.sets
     if rank == 0:
         results["weights"], results["rows"] = weights, rows
     dist.destroy_process_group()
@@ -61,8 +61,8 @@ def test_sharded_weights_train_as_one_process_does(options, reload_at, tmp_path)
         results = manager.dict()
         torch.multiprocessing.spawn(_rank, (tmp_path / "rendezvous", options, reload_at, results), nprocs=2)
         weights, rows = results["weights"], results["rows"]
-    for name, layer in longact.layers.items():
-        assert torch.equal(layer.salient.rows, rows[name]), name
+    for name, index in longact.sets.items():
+        assert torch.equal(index, rows[name]), name
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -101,9 +101,15 @@ def test_compact_gradients_of_sharded_weights_are_refused(by_layer, tmp_path):
         for layer in model.model.layers if by_layer else ():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        optimizer = SalientAdamW(model.parameters(), longact=LongAct(model, grad="compact"))
-        backward(model, tokens())
-        with pytest.raises(ValueError, match=r"^grad: 'compact' keeps gradients of whole weights, got sharded ones"):
-            optimizer.step()
+        longact = LongAct(model, grad="compact")
+        for train in (
+            lambda: SalientAdamW(model.parameters(), longact=longact),
+            lambda: backward(model, tokens()),
+            SalientAdamW(model.parameters()).step,
+        ):
+            with pytest.raises(
+                ValueError, match=r"^grad: 'compact' keeps gradients of whole weights"
+            ):
+                train()
     finally:
         dist.destroy_process_group()

@@ -112,7 +112,7 @@ def test_rope(family, which, monkeypatch):
         else:
             expected = values[name.rpartition(".")[2][0]]
         torch.testing.assert_close(longact.saliency(name), expected, rtol=1e-6, atol=1e-6)
-        assert len(layer.salient.rows) == longact._select.sizes[list(longact.layers).index(name)]
+        assert len(layer.salient.index) == longact._select.sizes[list(longact.layers).index(name)]
 
 
 @pytest.mark.parametrize("site", ["norm", "rope"])
@@ -140,7 +140,7 @@ def test_a_copy_of_a_model_has_its_own_controller(site):
     longact.mask_gradients()
     before = torch.cat([longact.saliency(name) for name in longact.layers])
     twin = copy.deepcopy(model)
-    other = next(iter(m for m in twin.modules() if hasattr(m, "salient"))).salient.owner
+    other = LongAct.of(twin)
     assert other is not longact and other.model is twin
     other.advance()
     backward(twin, 63 - tokens(seed=1))

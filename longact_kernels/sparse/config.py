@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from longact_kernels.functional import Axis
+from longact_kernels.sparse.statistics import STATISTICS
 
-Statistic = Literal["absmax", "l2"]
+if TYPE_CHECKING:
+    Statistic = str
+else:
+    Statistic = Literal[tuple(STATISTICS)]
 Scope = Literal["head", "layer", "model"]
 When = Literal["lagged", "current"]
 Grad = Literal["full", "compact"]
@@ -181,3 +186,8 @@ def fields(experimental: bool | None = None) -> list[dataclasses.Field]:
     """The fields, in their order; only those that are experimental, or only the others, if asked."""
     every = dataclasses.fields(LongActConfig)
     return [one for one in every if experimental in (None, one.metadata["experimental"])]
+
+
+@functools.cache
+def field_names() -> frozenset[str]:
+    return frozenset(one.name for one in dataclasses.fields(LongActConfig))

@@ -61,7 +61,7 @@ def by_mixin(model, longact, args, **options):
 
 
 def sets(longact) -> dict[str, list[int]]:
-    return {name: layer.salient.rows.tolist() for name, layer in longact.layers.items()}
+    return {name: index.tolist() for name, index in longact.sets.items()}
 
 
 def assert_same_weights(model, other) -> None:

@@ -79,7 +79,7 @@ def test_rows_outside_the_salient_sets_stay_as_they_were(tmp_path):
     class Sets(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
             for name, layer in rl.longact.layers.items():
-                touched[name] |= set(layer.salient.rows.tolist())
+                touched[name] |= set(layer.salient.index.tolist())
 
     rl.add_callback(Sets())
     rl.train()
@@ -96,8 +96,8 @@ def test_the_gradient_norm_is_that_of_the_masked_gradients(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             for layer in rl.longact.layers.values():
                 outside = torch.ones(layer.out_features, dtype=torch.bool)
-                assert layer.salient.rows is not None
-                outside[layer.salient.rows] = False
+                assert layer.salient.index is not None
+                outside[layer.salient.index] = False
                 assert not layer.weight.grad[outside].any() and layer.weight.grad.any()
             norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from longact_kernels.commands.eval.compare import Difference
 from longact_kernels.commands.eval.results import Cell
-from longact_kernels.plots import LIGHT
+from longact_kernels.sparse.figures import LIGHT
 
 MEAN = "mean of the tasks"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longact_kernels.functional import channel_stats, select
-from longact_kernels.models import find_projections
+from longact_kernels.sparse.projections import find_projections
 
 
 class Part(NamedTuple):

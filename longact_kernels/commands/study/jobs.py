@@ -25,7 +25,7 @@ from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import make_base
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.run import Run
-from longact_kernels.models import find_projections
+from longact_kernels.sparse.projections import find_projections
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.plots import LIGHT, by_kind, draw_saliency
+from longact_kernels.sparse.figures import LIGHT, by_kind, draw_saliency
 
 INK, PAPER = "#d7dce2", "#16191d"
 DARK = {

@@ -5,62 +5,75 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longact_kernels.functional import observe
-from longact_kernels.modules import SalientChannels
+from longact_kernels.sparse.config import Site
+from longact_kernels.sparse.salient_set import SalientSet
 
-Site = Literal["projection", "norm", "rope"]
 _NAME = "longact"
 
 
 @dataclass(eq=False)
-class Record:
-    """Records queries or keys into a segment of the statistics; an object, so that a model's copy has its own.
+class Tap:
+    """Takes the statistics of queries or keys; an object, so that a model's copy has its own.
 
     Attributes:
         salient: the salient set of their projection.
-        segment: of the statistics of its owner.
-        heads, channels: how many they have.
+        site: where they are taken, for the error.
+        channels, heads: how many they have.
+        stats: what they are merged into; None once the sets are frozen.
     """
 
-    salient: SalientChannels
-    segment: int
-    heads: int
+    salient: SalientSet
+    site: Site
     channels: int
+    heads: int
+    stats: Any = None
+
+    @property
+    def l2(self) -> bool:
+        """Whether sums of squares are taken."""
+        return self.stats.l2
+
+    def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
+        """Called in backward."""
+        self.salient.batch.enter()
+        if self.stats is not None:
+            self.stats.merge_(absmax, sumsq)
 
     def __call__(self, y: Tensor, channels: Tensor) -> Tensor:
         """Takes a query or key and the same values as [B, T, channels]; returns the query or key."""
-        if not (torch.is_grad_enabled() and y.requires_grad):
+        if self.stats is None or not y.requires_grad or not torch.is_grad_enabled():
+            self.salient.call.unrecorded |= not torch.is_grad_enabled()
             return y
-        owner = self.salient.owner
         if channels.ndim != 3 or channels.shape[-1] != self.channels:
             raise ValueError(
-                f"site: {owner.site!r} of {self.salient.name} has {channels.shape[-1]} channels where the projection "
+                f"site: {self.site!r} of {self.salient.name} has {channels.shape[-1]} channels where the projection "
                 f"has {self.channels}; use site='projection'"
             )
-        stats = owner.stats_on(self.salient, self.segment, y.device)
-        if stats is None:
+        tokens = self.salient.call.tokens_now()
+        if tokens is None:
             return y
-        mask, cu_seqlens = owner.tokens.of(channels)
-        return observe(y, stats, mask, cu_seqlens, channels if cu_seqlens is None else channels[0])
+        mask, cu_seqlens = tokens.of(channels, self.l2, self.salient.name)
+        return observe(y, self, mask, cu_seqlens, channels if cu_seqlens is None else channels.flatten(0, -2))
 
 
-def tap_norm(attention: nn.Module, path: str, records: Mapping[str, Record]) -> list[Callable[[], None]]:
-    """Records what an attention module's query and key norms put out; returns what undoes it.
+def tap_norm(attention: nn.Module, path: str, taps: Mapping[str, Tap]) -> list[Callable[[], None]]:
+    """Takes what an attention module's query and key norms put out; returns what undoes it.
 
     Args:
         attention, path: the module, and its name.
-        records: what records, for "q" and "k".
+        taps: what takes them, for "q" and "k".
 
     Raises:
         ValueError: if there is no such norm.
     """
     undo = []
-    for kind, record in records.items():
+    for kind, tap in taps.items():
         names = f"{kind}_norm", f"{kind}_layernorm"
         norm = next((m for name in names if isinstance(m := getattr(attention, name, None), nn.Module)), None)
         if norm is None:
@@ -68,12 +81,12 @@ def tap_norm(attention: nn.Module, path: str, records: Mapping[str, Record]) -> 
                 f"site: 'norm' needs a {' or '.join(names)} in {path}, a {type(attention).__name__}, which has "
                 "neither; use site='projection'"
             )
-        undo.append(norm.register_forward_hook(partial(_record_norm, record)).remove)
+        undo.append(norm.register_forward_hook(partial(_take_norm, tap)).remove)
     return undo
 
 
-def _record_norm(record: Record, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-    return record(out, out if out.ndim == 3 else _by_token(out, record.heads)) if module.training else out
+def _take_norm(tap: Tap, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    return tap(out, out if out.ndim == 3 else _by_token(out, tap.heads)) if module.training else out
 
 
 def _by_token(y: Tensor, heads: int) -> Tensor:
@@ -83,15 +96,15 @@ def _by_token(y: Tensor, heads: int) -> Tensor:
     return (y.transpose(1, 2) if heads_first else y).flatten(2)
 
 
-def tap_rope(attention: nn.Module, path: str, records: Mapping[str, Record]) -> list[Callable[[], None]]:
-    """Records the queries and keys that an attention module hands to its attention function; returns what undoes it.
+def tap_rope(attention: nn.Module, path: str, taps: Mapping[str, Tap]) -> list[Callable[[], None]]:
+    """Takes the queries and keys that an attention module hands to its attention function; returns what undoes it.
 
     The module looks that function up in transformers' attention registry, by a name in its config: it gets a config of
-    its own that names ours, which records and goes on to the one before.
+    its own that names ours, which takes them and goes on to the one before.
 
     Args:
         attention, path: the module, and its name.
-        records: what records, for "q" and "k".
+        taps: what takes them, for "q" and "k".
 
     Raises:
         ValueError: if the module does not use the registry.
@@ -104,11 +117,11 @@ def tap_rope(attention: nn.Module, path: str, records: Mapping[str, Record]) -> 
             f"site: 'rope' needs attention that takes its function from transformers' registry; {path}, a "
             f"{type(attention).__name__}, does not; use site='projection'"
         )
-    registry[_NAME] = _recorded_attention
+    registry[_NAME] = _tapped_attention
     own = copy.copy(config)
     own._attn_implementation_internal = _NAME
     attention.config = own  # type: ignore[assignment]
-    attention._longact = config, records  # type: ignore[assignment]
+    attention._longact = config, taps  # type: ignore[assignment]
 
     return [partial(_restore_config, attention)]
 
@@ -118,11 +131,11 @@ def _restore_config(attention: Any) -> None:
     del attention._longact
 
 
-def _recorded_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-    config, records = module._longact
+def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    config, taps = module._longact
     if module.training:
         query, key = (
-            records[kind](states, states.transpose(1, 2).flatten(2)) if kind in records else states
+            taps[kind](states, states.transpose(1, 2).flatten(2)) if kind in taps else states
             for kind, states in (("q", query), ("k", key))
         )
     modelling = sys.modules[type(module).__module__]

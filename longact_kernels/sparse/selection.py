@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from longact_kernels import ops
 from longact_kernels.functional import Axis
-from longact_kernels.models import Projection, rotary_pairs
+from longact_kernels.sparse.config import Scope, Strategy
+from longact_kernels.sparse.projections import Projection
+from longact_kernels.sparse.rotary import rotary_pairs
 
-Scope = Literal["head", "layer", "model"]
-Strategy = Literal["top", "random", "bottom", "threshold"]
-
-Run = tuple[int, str | None]
+ChannelGroup = tuple[int, str | None]
 """Neighbouring channels of one head: how many, and what they compete with (None: always in the set)."""
 
 
@@ -24,8 +22,8 @@ def share(density: float, channels: int) -> int:
     return max(1, int(density * channels + 0.5))
 
 
-def runs_of(projection: Projection, axis: Axis) -> list[Run]:
-    """The channels of a projection, as runs that compete or train densely."""
+def groups_of(projection: Projection, axis: Axis) -> list[ChannelGroup]:
+    """The channels of a projection, as groups that compete or train densely."""
     if axis == "rows":
         return [(head.size, head.kind) for head in projection.heads]
     if any(head.kind is None for head in projection.heads):
@@ -55,7 +53,7 @@ class Selection:
     "model", strategy "threshold"), the places left over hold -1, before the others.
 
     Args:
-        layers: for each layer its channels in their order, as runs: the heads.
+        layers: for each layer its channels in their order, as groups: the heads.
         density: share of the channels that are salient.
         scope: what channels compete with: those of their "head", all of their kind in the "layer", or those of the
             whole "model"; of the latter, a layer takes up to twice its share.
@@ -72,7 +70,7 @@ class Selection:
 
     def __init__(
         self,
-        layers: list[list[Run]],
+        layers: list[list[ChannelGroup]],
         density: float,
         scope: Scope,
         strategy: Strategy,
@@ -92,11 +90,11 @@ class Selection:
         self.sizes: list[int] = []
         first: list[int] = []  # of every place in the sets, its layer's first channel
         start = 0
-        for layer, runs in enumerate(layers):
-            bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in runs), initial=start)))
+        for layer, own in enumerate(layers):
+            bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in own), initial=start)))
             before = len(dense), sum(self.counts)
-            for kind in sorted({kind for _, kind in runs if kind is not None}):
-                heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, runs, strict=True) if of == kind]
+            for kind in sorted({kind for _, kind in own if kind is not None}):
+                heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, own, strict=True) if of == kind]
                 if partners is not None:
                     heads = [_paired(head, partners[layer], start) for head in heads]
                 if scope != "head":
@@ -108,7 +106,7 @@ class Selection:
                 kinds.append(sum(map(len, heads)) // self.width)
             dense += [
                 channel
-                for bound, (_, kind) in zip(bounds, runs, strict=True)
+                for bound, (_, kind) in zip(bounds, own, strict=True)
                 if kind is None
                 for channel in range(*bound)
             ]
@@ -125,8 +123,8 @@ class Selection:
             torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds, first)
         )
 
-    def __call__(self, saliency: Tensor, step: int) -> list[Tensor]:
-        """The set of every layer, int64, from the saliency of all layers' channels, one after the other.
+    def __call__(self, saliency: Tensor, step: int) -> Tensor:
+        """The sets of all layers, int64, one after the other, from the saliency of all layers' channels.
 
         Args:
             saliency: fp32 [channels of all layers].
@@ -145,12 +143,12 @@ class Selection:
         if self.width == 2:
             chosen = torch.stack((2 * chosen, 2 * chosen + 1), 1).flatten()
             kept = None if kept is None else kept.repeat_interleave(2, output_size=len(chosen))
-        rows = chosen if self.whole else channels[chosen]
+        index = chosen if self.whole else channels[chosen]
         if kept is not None:
-            rows = torch.where(kept, rows, bottom[rows])
+            index = torch.where(kept, index, bottom[index])
         if not self.ordered or kept is not None:
-            rows = torch.cat((rows, dense)).sort().values
-        return list((rows - first).split(self.sizes))
+            index = torch.cat((index, dense)).sort().values
+        return index - first
 
     def _rank(self, units: Tensor, step: int) -> Tensor:
         """What the strategy chooses the largest of."""

@@ -1,15 +1,13 @@
 """Finding the query and key projections of a model, by the structure of its attention modules."""
 
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from longact_kernels.modules import SalientLayer
+from longact_kernels.sparse.config import Ranges, TargetModules
 
 
 class Head(NamedTuple):
@@ -43,7 +41,7 @@ class Projection(NamedTuple):
     transposed: bool
 
 
-class _Attention:
+class AttentionSizes:
     """What an attention module and its config tell about its heads."""
 
     def __init__(self, module: nn.Module, config: Any):
@@ -80,10 +78,10 @@ class _Attention:
 
 
 # A layout tells the heads of N output channels, or None where its numbers do not add up.
-Layout = Callable[[_Attention, int], list[Head] | None]
+Layout = Callable[[AttentionSizes, int], list[Head] | None]
 
 
-def _query(attention: _Attention, N: int) -> list[Head] | None:
+def _query(attention: AttentionSizes, N: int) -> list[Head] | None:
     d, H = attention.size, attention.q_heads
     if d and H and 2 * d * H == N:
         # Gated attention: each head's query is followed by its gate.
@@ -91,7 +89,7 @@ def _query(attention: _Attention, N: int) -> list[Head] | None:
     return [Head(d, "q")] * (N // d) if d and N % d == 0 and H in (None, N // d) else None
 
 
-def _key(attention: _Attention, N: int) -> list[Head] | None:
+def _key(attention: AttentionSizes, N: int) -> list[Head] | None:
     if getattr(attention.module, "v_proj", attention) is None:
         # What makes the keys makes the values too.
         return [Head(N, None)]
@@ -99,7 +97,7 @@ def _key(attention: _Attention, N: int) -> list[Head] | None:
     return [Head(d, "k")] * (N // d) if d and N % d == 0 else None
 
 
-def _key_value_heads(attention: _Attention, N: int) -> tuple[int, int, int] | None:
+def _key_value_heads(attention: AttentionSizes, N: int) -> tuple[int, int, int] | None:
     """Size of a head and numbers of query and of key heads where N channels hold queries, keys and values."""
     d, H = attention.size, attention.q_heads
     if not d or not H or N % d or (N // d - H) % 2 or N // d <= H:
@@ -108,7 +106,7 @@ def _key_value_heads(attention: _Attention, N: int) -> tuple[int, int, int] | No
     return (d, H, kv_heads) if H % kv_heads == 0 else None
 
 
-def _blocks(attention: _Attention, N: int) -> list[Head] | None:
+def _blocks(attention: AttentionSizes, N: int) -> list[Head] | None:
     """All queries, all keys, all values."""
     if not (found := _key_value_heads(attention, N)):
         return None
@@ -116,7 +114,7 @@ def _blocks(attention: _Attention, N: int) -> list[Head] | None:
     return [Head(d, "q")] * H + [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
 
 
-def _grouped(attention: _Attention, N: int) -> list[Head] | None:
+def _grouped(attention: AttentionSizes, N: int) -> list[Head] | None:
     """For each key head: the queries that look at it, the key, the value. In blocks where ChatGLM shares keys."""
     if getattr(attention.module, "multi_query_attention", False):
         return _blocks(attention, N)
@@ -126,7 +124,7 @@ def _grouped(attention: _Attention, N: int) -> list[Head] | None:
     return ([Head(d, "q")] * (H // kv_heads) + [Head(d, "k"), Head(d, None)]) * kv_heads
 
 
-def _four_shards(attention: _Attention, N: int) -> list[Head] | None:
+def _four_shards(attention: AttentionSizes, N: int) -> list[Head] | None:
     """Four shards, each a block of queries, of values, of keys."""
     d, H = attention.size, attention.q_heads
     if not d or not H or H % 4 or 3 * d * H != N:
@@ -134,7 +132,7 @@ def _four_shards(attention: _Attention, N: int) -> list[Head] | None:
     return ([Head(d, "q")] * (H // 4) + [Head(d, None)] * (H // 4) + [Head(d, "k")] * (H // 4)) * 4
 
 
-def _keys_values(attention: _Attention, N: int) -> list[Head] | None:
+def _keys_values(attention: AttentionSizes, N: int) -> list[Head] | None:
     """All keys, all values. Of another size, they are the same or are compressed further: neither is told apart."""
     d, kv_heads = attention.size, attention.kv_heads
     if not d or not kv_heads or 2 * d * kv_heads != N:
@@ -142,13 +140,13 @@ def _keys_values(attention: _Attention, N: int) -> list[Head] | None:
     return [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
 
 
-def _latent(attention: _Attention, N: int) -> list[Head] | None:
+def _latent(attention: AttentionSizes, N: int) -> list[Head] | None:
     """Latent attention, from the latent up: for each head its key without the rotary part, then its value."""
     d, v = attention.number("qk_nope_head_dim"), attention.number("v_head_dim")
     return [Head(d, "k"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
 
 
-def _gated_latent_query(attention: _Attention, N: int) -> list[Head] | None:
+def _gated_latent_query(attention: AttentionSizes, N: int) -> list[Head] | None:
     """Latent attention: for each head its query, then the gate of its value."""
     d, v = attention.number("qk_head_dim"), attention.number("v_head_dim")
     return [Head(d, "q"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
@@ -184,14 +182,6 @@ LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
     ("GPTBigCodeAttention", "c_attn"): _grouped,
     ("CodeGenAttention", "qkv_proj"): _four_shards,
 }
-
-# What modelling modules call the function that turns a head's channels by a right angle.
-ROTATIONS = ("rotate_half", "rotate_every_two", "rotate_pairwise")
-
-# What `target_modules` may be: name endings, a regular expression of whole paths, or a function of path and module that
-# gives the row ranges (start, stop, head size) of queries or keys, the other rows being dense, or None.
-Ranges = Iterable[tuple[int, int, int]]
-TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
 
 # Parts of a language model whose queries or keys are not those that its text attends with.
 ELSEWHERE = re.compile(
@@ -230,7 +220,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
         transposed = _check_plain(path, module)
         N = _weight(module).shape[1 if transposed else 0]
         if ranges is None:
-            heads = _heads(path, name, _Attention(parent, config), N)
+            heads = _heads(path, name, AttentionSizes(parent, config), N)
         else:
             heads = _heads_of_ranges(path, name, ranges, N)
         if any(head.kind for head in heads):
@@ -315,7 +305,7 @@ def _weight(module: nn.Module) -> torch.Tensor:
 
 def _check_plain(path: str, module: nn.Module) -> bool:
     """Raises where a layer cannot be trained row by row; returns whether its weight is stored [in, out]."""
-    if isinstance(module, SalientLayer):
+    if getattr(module, "salient", None) is not None:
         raise ValueError(
             f"model: {path} is a {type(module).__name__} already; call restore() on the LongAct that swapped it in"
         )
@@ -342,7 +332,7 @@ def _check_plain(path: str, module: nn.Module) -> bool:
     return transposed
 
 
-def _heads(path: str, name: str, attention: _Attention, N: int) -> tuple[Head, ...]:
+def _heads(path: str, name: str, attention: AttentionSizes, N: int) -> tuple[Head, ...]:
     layout = LAYOUTS_OF_CLASS.get((type(attention.module).__name__, name), LAYOUTS.get(name))
     if layout is None:
         # A name of the user's: queries or keys alone.
@@ -385,66 +375,3 @@ def _nothing_found(model: nn.Module, target_modules: TargetModules | None) -> st
             f"other usual names, {saw}; name them with target_modules=[...]"
         )
     return f"target_modules: got {target_modules!r}, which matches no layer of {type(model).__name__}; {saw}"
-
-
-def rotary_pairs(attention: nn.Module, head_size: int) -> torch.Tensor:
-    """The channel that a rotary embedding turns each channel of a head with, int64 [head_size].
-
-    Asked of the modelling module's own function (`rotate_half` on 0, 1, 2, … in most). Channels that are not turned,
-    beside a partial rotary embedding, go with their neighbours, two by two.
-
-    Args:
-        attention: the attention module.
-        head_size: channels of one query or key, as `Head.size`.
-
-    Raises:
-        ValueError: if the module's attention has no rotary embedding of a known form, or the sizes are odd.
-    """
-    modelling = sys.modules[type(attention).__module__]
-    config = getattr(attention, "config", None)
-    start, stop = _rotary_channels(_Attention(attention, None), head_size)
-    channels = torch.arange(stop - start)
-    turn = next((f for name in ROTATIONS if (f := getattr(modelling, name, None))), None)
-    if apply := getattr(modelling, "_apply_rotary_emb", None):
-        turn = partial(apply, cos=torch.tensor(0.0), sin=torch.tensor(1.0))
-    # Two neighbours make a complex number, or are brought apart before they are turned.
-    interleaved = hasattr(modelling, "apply_rotary_emb") or (
-        hasattr(modelling, "apply_rotary_pos_emb_interleave") and getattr(config, "rope_interleave", True)
-    )
-    if (start % 2, stop % 2, head_size % 2) != (0, 0, 0) or not (turn or interleaved):
-        raise ValueError(
-            f"pair_rope: cannot tell the rotary pairs of {type(attention).__name__}, heads of {head_size} channels; "
-            f"needed one of {', '.join(ROTATIONS)} or apply_rotary_emb in {modelling.__name__}, and even sizes; use "
-            "pair_rope=False"
-        )
-    neighbours = torch.arange(head_size) ^ 1
-    if interleaved:
-        return neighbours
-    # From 1 on: a turned channel may change its sign, which 0 has not.
-    assert turn is not None
-    neighbours[start:stop] = start + turn(channels + 1.0).abs().long() - 1
-    return neighbours
-
-
-def _rotary_channels(attention: _Attention, head_size: int) -> tuple[int, int]:
-    """First and last channel (exclusive) of a head that a rotary embedding turns."""
-    if size := attention.number("qk_rope_head_dim"):
-        # Latent attention: the last of a query's; the keys' come from elsewhere.
-        whole = size + (attention.number("qk_nope_head_dim") or 0)
-        return (head_size - size, head_size) if head_size == whole else (0, 0)
-    size = min(head_size, attention.number("rotary_ndims", "rotary_dim") or int(head_size * _rotary_share(attention)))
-    return 0, size
-
-
-def _rotary_share(attention: _Attention) -> float:
-    parameters = getattr(attention.config, "rope_parameters", None) or {}
-    # Layers of several kinds have parameters each.
-    kind = getattr(attention.module, "layer_type", None)
-    kinds, index = getattr(attention.config, "layer_types", None), getattr(attention.module, "layer_idx", None)
-    if kind is None and kinds and index is not None:
-        kind = kinds[index]
-    parameters = parameters.get(kind, parameters)
-    if parameters.get("rope_type") == "proportional":
-        # The others turn by an angle of zero.
-        return 1.0
-    return parameters.get("partial_rotary_factor") or getattr(attention.config, "partial_rotary_factor", None) or 1.0

@@ -26,7 +26,10 @@ class Flat:
         self._split(shapes, torch.zeros(sum(map(math.prod, shapes.values())), device=device))
 
     def move(self, device: torch.device) -> None:
-        self._split(self.shapes, self.buffer.to(device))
+        if self.buffer.device == device:
+            return
+        meta = self.buffer.is_meta
+        self._split(self.shapes, torch.zeros_like(self.buffer, device=device) if meta else self.buffer.to(device))
 
     def _split(self, shapes: Shapes, buffer: Tensor) -> None:
         self.shapes, self.buffer = shapes, buffer

@@ -11,6 +11,13 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def all_reduce(tensor: Tensor, join: str) -> None:
+    """Joins a tensor over all ranks in place, "max" or "sum"; nothing where there are no others."""
+    if is_distributed():
+        op = torch.distributed.ReduceOp.MAX if join == "max" else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(tensor, op)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; told without importing that class, which takes seconds."""
     return hasattr(tensor, "device_mesh")

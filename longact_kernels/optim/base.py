@@ -1,0 +1,461 @@
+"""What any optimizer of salient weights does: mask, split, step, join; compact state; checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from longact_kernels import ops
+from longact_kernels.functional import Axis
+from longact_kernels.sparse import gradients
+from longact_kernels.sparse.controller import LongAct, salient_weights
+from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.salient_set import SalientSet
+from longact_kernels.sparse.sharding import is_sharded, local, local_channels, zeros_by_channel
+
+State = Literal["full", "compact"]
+Salient = dict[int, tuple[LongAct, SalientLayer]]
+
+HALF = (torch.float16, torch.bfloat16)
+AXES: tuple[Axis, Axis] = ("rows", "columns")
+
+
+class Entry(NamedTuple):
+    """A weight of which some channels are stepped."""
+
+    weight: Tensor
+    grad: Tensor
+    index: Tensor
+    state: dict[str, Tensor]
+
+
+class SalientOptimizer(Optimizer, ABC):
+    """An optimizer that steps salient weights in their salient channels, and all other parameters wholly.
+
+    A subclass says what state a parameter has (`moment_names`), and how parameters and channels are stepped.
+
+    Args:
+        params, defaults: as of `torch.optim.Optimizer`.
+        longact, state, master_weights, stochastic_rounding, moments: as of `SalientAdamW`.
+    """
+
+    moment_names: ClassVar[tuple[str, ...]]
+    steps_salient_weights = True
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale, and what overflowed, as attributes
+    _options = ("compact", "master_weights", "stochastic_rounding", "moments")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        longact: LongAct | None,
+        state: State,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        moments: torch.dtype,
+    ):
+        if state not in get_args(State):
+            raise ValueError(f"state: got {state!r}, needed one of {', '.join(map(repr, get_args(State)))}")
+        if moments not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"moments: got {moments}, needed torch.float32 or torch.bfloat16")
+        if stochastic_rounding and master_weights:
+            raise ValueError(
+                "stochastic_rounding: with masters nothing is lost to rounding; needed master_weights=False"
+            )
+        self.compact = state == "compact"
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.moments = moments
+        self._forget()
+        super().__init__(params, defaults)
+        if longact is not None:
+            longact.check()
+            if longact not in self._controllers(salient_weights()):
+                raise ValueError("longact: none of its projections' weights is among the parameters given")
+
+    def _forget(self) -> None:
+        self._followed: dict[Any, int] = {}  # by weight, the version of its set that its compact state belongs to
+        self._local: dict[Any, Tensor] = {}  # by sharded weight, its part of its set: at one address
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own leaves out what a subclass adds.
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._options}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _controllers(self, salient: Salient) -> list[LongAct]:
+        """Those of this optimizer's salient weights."""
+        return list(dict.fromkeys(salient[id(p)][0] for p in params_of(self.param_groups) if id(p) in salient))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step, after which the salient sets are refreshed on schedule.
+
+        Raises:
+            RuntimeError: if a weight that was stepped as a salient one is none any more; inside a backward pass.
+            FloatingPointError: for bad numbers, as the controllers' `nonfinite` says; no weight has changed then.
+        """
+        salient = salient_weights()
+        controllers = self._controllers(salient)
+        for longact in controllers:
+            longact.begin_step(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(longact.idle for longact in controllers) and all(group["lr"] == 0 for group in self.param_groups):
+            # How torch.distributed.checkpoint makes the state of a new optimizer, to load a saved one into it.
+            self._make_states(salient)
+            return loss
+        for longact in controllers:
+            longact.mask_gradients()
+        work = [self._split(group, salient) for group in self.param_groups]
+        grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])
+        for group, (plain, whole, sparse) in zip(self.param_groups, work, strict=True):
+            self._step_plain(group, plain, grad_scale, found_inf)
+            self._step_whole(group, whole, grad_scale, found_inf)
+            self._step_salient(group, sparse, grad_scale, found_inf)
+        for longact in controllers:
+            longact.end_step(self, found_inf)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every optimizer's; clears compact gradients too."""
+        super().zero_grad(set_to_none)
+        salient = salient_weights()
+        ids = {id(p) for p in params_of(self.param_groups)}
+        for longact in self._controllers(salient):
+            longact.zeroed(ids)
+
+    # Split
+
+    def _split(self, group: dict[str, Any], salient: Salient) -> _Work:
+        """The parameters of a group that have a gradient: those that torch steps, and those that a kernel does."""
+        work = _Work([], [], [])
+        for p in group["params"]:
+            if (found := salient.get(id(p))) is None:
+                if p.grad is not None:
+                    (work.whole if self._by_kernel(p) else work.plain).append(p)
+                continue
+            grad = gradients.compact_grad(found[1])
+            grad = p.grad if grad is None else grad
+            if grad is not None and found[1].salient.chosen:
+                work.sparse.append((p, grad, found[1].salient))
+        return work
+
+    def _scaling(self, controllers: list[LongAct], grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The scale that gradients carry, and a flag that the step must change nothing."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None:
+            # GradScaler looks at gradients itself, but for compact ones.
+            compact = [grad for longact in controllers for grad in longact.compact_grads()]
+            if compact and grad_scale is None:
+                raise RuntimeError(
+                    "grad: GradScaler.unscale_() cannot see compact gradients; leave unscaling to GradScaler.step(), "
+                    "or use LongAct(grad='full')"
+                )
+            if compact:
+                # Never above 1, which is all that torch's fused AdamW looks for.
+                found_inf = torch.maximum(found_inf, gradients.nonfinite(compact).any().to(found_inf))
+            grads = []
+        for longact in controllers:
+            bad = longact.verdict(grads, self._name_of)
+            if bad is not None:
+                bad = bad.to(torch.float32)
+                found_inf = bad if found_inf is None else torch.maximum(found_inf, bad.to(found_inf))
+            grads = []
+        return grad_scale, found_inf
+
+    def _name_of(self, i: int) -> str:
+        """The name of the parameter that the i-th gradient of a step belongs to."""
+        salient = salient_weights()
+        work = [self._split(group, salient) for group in self.param_groups]
+        p = [p for one in work for p in one.params][i]
+        return self._controllers(salient)[0].name_of(p)
+
+    def has_master(self, p: Tensor) -> bool:
+        """Whether a parameter's updates are applied to an fp32 copy."""
+        return self.master_weights and p.dtype in HALF
+
+    def _by_kernel(self, p: Tensor) -> bool:
+        """Whether an ordinary parameter needs what torch's optimizer lacks."""
+        return self.moments == torch.bfloat16 or (self.stochastic_rounding and p.dtype in HALF)
+
+    # Step
+
+    @abstractmethod
+    def _step_plain(
+        self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Steps ordinary parameters as torch's optimizer does."""
+
+    @abstractmethod
+    def _run(
+        self,
+        group: dict[str, Any],
+        entries: list[Entry],
+        axis: Axis,
+        compact: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Steps weights by their gradients in the given rows (or columns), those of a kind in one launch."""
+
+    def _step_whole(
+        self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Ordinary parameters by the kernel: as matrices whose rows are all in the set."""
+        entries = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state.update(self.new_state(p, p.detach()))
+            state = {name: local(held) if name == "step" else matrix(held, p) for name, held in state.items()}
+            weight = matrix(p, p)
+            entries.append(Entry(weight, matrix(p.grad, p), torch.arange(len(weight), device=p.device), state))
+        self._run(group, entries, "rows", False, grad_scale, found_inf)
+
+    def _step_salient(
+        self,
+        group: dict[str, Any],
+        params: list[tuple[Any, Tensor, SalientSet]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        self._follow_sets([(p, salient) for p, _, salient in params])
+        entries = defaultdict(list)
+        for p, grad, salient in params:
+            weight, index, state = p.detach(), salient.index, self.state[p]
+            if is_sharded(p):
+                weight, grad, index = local(weight), local(grad), self._local_index(p, salient)
+                state = {name: local(tensor) for name, tensor in state.items()}
+            entries[AXES[salient.dim]].append(Entry(weight, grad, index, state))
+        for axis, of_axis in entries.items():
+            self._run(group, of_axis, axis, self.compact, grad_scale, found_inf)
+
+    def _local_index(self, p: Any, salient: SalientSet) -> Tensor:
+        index = local_channels(p, salient.index, salient.dim)
+        return self._local.setdefault(p, torch.empty_like(index)).copy_(index)
+
+    # State
+
+    def new_state(self, p: Tensor, kept: Tensor, dim: int = 0) -> dict[str, Tensor]:
+        """State for some of a parameter's rows (or columns), or for all."""
+        if in_order := kept.is_contiguous() or (kept.ndim == 2 and kept.stride(1) == 1):
+            rows = kept if kept.ndim > 1 else kept.view(1, -1)
+            state = {"step": zeros_by_channel(rows, dim, torch.int32)}
+        else:
+            # In the order of its own memory, all of it is one row.
+            state = {"step": torch.zeros(1, dtype=torch.int32, device=kept.device)}
+        order = torch.contiguous_format if in_order else torch.preserve_format
+        for name in self.moment_names:
+            state[name] = torch.zeros_like(kept, dtype=self.moments, memory_format=order)
+        if self.has_master(p):
+            master = kept.float()
+            state["master"] = master.contiguous() if in_order else master
+        return state
+
+    def _make_states(self, salient: Salient) -> None:
+        """Makes the state of all parameters with a gradient, but for that of sets which are not chosen yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or self.state[p]:
+                    continue
+                if id(p) not in salient and not self._by_kernel(p):
+                    self.state[p].update(self.new_plain_state(group, p))
+                elif id(p) not in salient or not self.compact:
+                    dim = salient[id(p)][1].salient.dim if id(p) in salient else 0
+                    self.state[p].update(self.new_state(p, p.detach(), dim))
+
+    @abstractmethod
+    def new_plain_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """State as torch's optimizer keeps it."""
+
+    def _follow_sets(self, params: list[tuple[Any, SalientSet]]) -> None:
+        """Makes the salient weights' state, and moves compact state over to the channels that are salient now."""
+        moved = defaultdict(list)
+        for p, salient in params:
+            state, index, dim = self.state[p], salient.index, salient.dim
+            if self.compact and is_sharded(p):
+                raise ValueError(
+                    "state: 'compact' would keep a slot for every salient channel on every rank of a sharded weight; "
+                    "use state='full'"
+                )
+            if not state:
+                kept = p.detach().index_select(dim, index.clamp(min=0)) if self.compact else p.detach()
+                state.update(self.new_state(p, kept, dim))
+                if self.compact:
+                    state["rows"] = index.clone()
+            elif self.compact and len(state["rows"]) != len(index):
+                self._resize(p, salient)
+            elif self.compact and (self._followed.get(p) != salient.version or _capturing(p)):
+                moved[dim].append((p, state, index))
+            self._followed[p] = salient.version
+        for dim, entries in moved.items():
+            states = [[held for name, held in sorted(state.items()) if name != "rows"] for _, state, _ in entries]
+            # Values of 32 bits are what `carry_` moves.
+            wide = [[own.float() if own.dtype == torch.bfloat16 else own for own in layer] for layer in states]
+            stays = ops.carry_(
+                wide, [state["rows"] for _, state, _ in entries], [index for *_, index in entries], AXES[dim]
+            )
+            for own, carried in zip(itertools.chain(*states), itertools.chain(*wide), strict=True):
+                if carried is not own:
+                    own.copy_(carried)
+            for (p, state, index), kept in zip(entries, stays, strict=True):
+                state["rows"].copy_(index)
+                if "master" in state:
+                    fresh = p.detach().index_select(dim, index.clamp(min=0)).float()
+                    state["master"].copy_(torch.where(kept.unsqueeze(1 - dim), state["master"], fresh))
+
+    def _resize(self, p: Any, salient: SalientSet) -> None:
+        """Compact state of a set of another size, as of another density or of all channels, for the set of now."""
+        state, index, dim = self.state[p], salient.index, salient.dim
+        old = state.pop("rows")
+        filled = (old >= 0).nonzero().flatten()
+        chosen = index.clamp(min=0)
+        fresh = self.new_state(p, p.detach().index_select(dim, chosen), dim)
+        for name, held in state.items():
+            along = 0 if name == "step" else dim
+            shape = list(held.shape)
+            shape[along] = p.shape[dim]
+            whole = p.detach().float() if name == "master" else held.new_zeros(shape)
+            whole = whole.index_copy(along, old[filled], held.index_select(along, filled))
+            fresh[name].copy_(whole.index_select(along, chosen))
+            # Slots without a channel hold nothing.
+            empty = (index < 0).view([-1 if d == along else 1 for d in range(held.ndim)])
+            fresh[name].masked_fill_(empty, 0)
+        state.update(fresh, rows=index.clone())
+
+    # What is kept
+
+    def salient_state_bytes(self) -> tuple[int, int]:
+        """Bytes of state kept for the salient weights, and what the dense optimizer with the same dtypes would keep."""
+        ours = dense = 0
+        salient = salient_weights()
+        for p in params_of(self.param_groups):
+            if id(p) in salient:
+                ours += sum(value.nbytes for value in self.state.get(p, {}).values())
+                dense += p.numel() * (len(self.moment_names) * self.moments.itemsize + 4 * self.has_master(p))
+        return ours, dense
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's; it also holds the salient sets and the statistics of a refresh period under way."""
+        saved = super().state_dict()
+        state = dict(saved["state"])
+        salient = salient_weights()
+        for p, i in zip(params_of(self.param_groups), params_of(saved["param_groups"]), strict=True):
+            if i in state and id(p) in salient:
+                longact, layer = salient[id(p)]
+                state[i] = {**state[i], **longact.state_for(layer.salient)}
+        return {**saved, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, in the dtypes that it was saved in; or a checkpoint of torch's optimizer.
+
+        From the latter, every channel starts with the moments and the step count that its parameter has there.
+
+        Raises:
+            ValueError: if the groups differ, or the state of a salient weight is of another size or kind; nothing is
+                loaded then.
+        """
+        salient = salient_weights()
+        # Groups that differ are for Optimizer.load_state_dict to explain.
+        ids = zip(params_of(self.param_groups), params_of(state_dict["param_groups"]), strict=False)
+        pairs = [(p, with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]
+        # A dense run's has no salient sets, but masters or steps of rows.
+        foreign = not any("salient_steps" in state or "master" in state or state["step"].ndim for _, state in pairs)
+        for p, state in pairs:
+            self._check_state(p, state, None if foreign or id(p) not in salient else salient[id(p)])
+        super().load_state_dict({**state_dict, "param_groups": self.completed(state_dict["param_groups"])})
+        for p, state in pairs:
+            # Optimizer.load_state_dict casts state to the parameter's dtype: fp32 moments of bf16 weights get rounded.
+            state = {
+                name: value if name == "step" and value.ndim == 0 else value.to(p.device)
+                for name, value in state.items()
+            }
+            if foreign:
+                state = self.adopt(p, state, salient[id(p)][1].salient if id(p) in salient else None)
+            elif id(p) in salient:
+                salient[id(p)][0].load_state_for(salient[id(p)][1].salient, state)
+            self.state[p] = {name: value for name, value in state.items() if not name.startswith("salient_")}
+        self._forget()
+
+    def _check_state(self, p: Tensor, state: dict[str, Tensor], salient: tuple[LongAct, SalientLayer] | None) -> None:
+        """Raises ValueError for state that cannot be loaded."""
+        if salient is None:
+            return
+        longact, layer = salient
+        longact.check_state_for(layer.salient, state)
+        if ("rows" in state) != self.compact:
+            ours, theirs = ("compact", "full") if self.compact else ("full", "compact")
+            raise ValueError(
+                f"load_state_dict: {layer.salient.name} was saved with state={theirs!r}, this optimizer has "
+                f"state={ours!r}"
+            )
+
+    @abstractmethod
+    def completed(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved groups with the options that only this optimizer has, and without those that only torch's has."""
+
+    @abstractmethod
+    def adopt(self, p: Tensor, state: dict[str, Tensor], salient: SalientSet | None) -> dict[str, Tensor]:
+        """State of torch's optimizer as this one keeps it: for salient weights that of every channel."""
+
+
+class _Work(NamedTuple):
+    """The parameters of a group that have a gradient."""
+
+    plain: list[Any]
+    whole: list[Any]
+    sparse: list[tuple[Any, Tensor, SalientSet]]
+
+    @property
+    def params(self) -> list[Any]:
+        return [*self.plain, *self.whole, *(p for p, *_ in self.sparse)]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [*(p.grad for p in self.plain + self.whole), *(grad for _, grad, _ in self.sparse)]
+
+
+def params_of(groups: list[dict[str, Any]]) -> Iterator[Any]:
+    for group in groups:
+        yield from group["params"]
+
+
+def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state, its step count as a tensor: old checkpoints of torch have a number."""
+    step = state.get("step")
+    return state if step is None or isinstance(step, Tensor) else {**state, "step": torch.tensor(float(step))}
+
+
+def matrix(tensor: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of a parameter `p`, or what belongs to its elements, as a matrix.
+
+    A view, unless the tensor's elements lie in another order than the parameter's: then a copy, for reading.
+    """
+    tensor, p = local(tensor.detach()), local(p.detach())
+    if tensor.is_contiguous() and p.is_contiguous():
+        return tensor.view(len(p), -1) if p.ndim > 1 and p.numel() else tensor.reshape(1, -1)
+    if not torch.ops.aten.is_non_overlapping_and_dense(p):
+        raise ValueError(
+            f"params: one of shape {list(p.shape)} has strides {tuple(p.stride())}, which share or skip memory; needed "
+            "p.data = p.data.contiguous()"
+        )
+    if tensor.stride() != p.stride():
+        tensor = torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)
+    return tensor.as_strided((1, tensor.numel()), (tensor.numel(), 1))
+
+
+def _capturing(p: Tensor) -> bool:
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()

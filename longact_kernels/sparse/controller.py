@@ -1,0 +1,934 @@
+"""The controller `LongAct`: it owns the statistics and the salient sets of a model, and their schedule."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from longact_kernels.sparse import gradients
+from longact_kernels.sparse.batch import Batch, TellingZeroGrad
+from longact_kernels.sparse.config import LongActConfig, field_names
+from longact_kernels.sparse.finite import Watch
+from longact_kernels.sparse.flat import Flat
+from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
+from longact_kernels.sparse.projections import Projection, find_projections
+from longact_kernels.sparse.report import jaccard, layer_report
+from longact_kernels.sparse.salient_set import SalientSet
+from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
+from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_sharded
+from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
+from longact_kernels.sparse.statistics import STATISTICS, Measured, Statistics
+from longact_kernels.sparse.tokens import Call, tell_tokens
+
+_registry: weakref.WeakValueDictionary[int, LongAct] = weakref.WeakValueDictionary()
+
+
+def controllers() -> list[LongAct]:
+    """Every `LongAct` in use. Threads may make others meanwhile."""
+    return [longact for reference in _registry.valuerefs() if (longact := reference()) is not None]
+
+
+def salient_weights() -> dict[int, tuple[LongAct, SalientLayer]]:
+    """The controller and the layer of every weight that has a salient set, by the id of the parameter.
+
+    Read from the layers at each call: FSDP2 and others replace parameter objects.
+    """
+    return {id(layer.weight): (longact, layer) for longact in controllers() for layer in longact.layers.values()}
+
+
+class LongAct:
+    """Saliency-guided sparse updates of a model's query and key projections (LongAct, arXiv 2604.14922).
+
+    Finds the query and key projections, makes each a `SalientLinear` in its place, collects the magnitude of their
+    channels while the model trains, and owns the salient sets: for each head, the top `density` of its channels.
+    Gradients of the other rows are zero, so any optimizer may follow; `SalientAdamW` also leaves those rows' weights
+    and state untouched. Of a fused projection only the query and key rows are sparse; its other rows train as usual.
+
+    Args:
+        model: a causal language model; changed in place.
+        config: the options, in place of `options`.
+        options: the fields of `LongActConfig`, which says what they mean: `LongAct(model, density=0.3)`.
+
+    Attributes:
+        layers: the layers with a salient set, by module name.
+        config: the options. They are fixed: for others, `restore()` and make another `LongAct`.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for an option out of range, or a model without such projections or with them on several devices;
+            the model is left alone then.
+    """
+
+    config: LongActConfig
+
+    def __init__(self, model: nn.Module, config: LongActConfig | None = None, **options: Any):
+        if config is not None and options:
+            raise ValueError(f"config: got it beside {', '.join(options)}; needed one of them")
+        config = LongActConfig(**options) if config is None else config
+        if config.grad == "compact" and isinstance(model, DistributedDataParallel):
+            raise ValueError("grad: with 'compact', make LongAct before DistributedDataParallel wraps the model")
+        self.config = config
+        self.model = model
+        self._steps = 0
+        self.layers: dict[str, SalientLayer] = {}
+        self.call = Call(self._call_begins)
+        self.batch = Batch(model, self.settle, self.drop)
+        self.watch = Watch(config.nonfinite)
+        self.accumulators: Flat | None = None  # compact gradients, by layer
+
+        projections = find_projections(model, config.target_modules)
+        _check_projections(projections)
+        groups = [groups_of(projection, config.axis) for projection in projections]
+        partners = [partners_of(projection, model) for projection in projections] if config.pair_rope else None
+        assert config.scope is not None
+        self._select = Selection(
+            groups, config.density, config.scope, config.strategy, config.threshold, config.seed, partners
+        )
+        self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
+        self._masked = False  # whether its sets have been chosen, and its gradients masked
+        self._saved: tuple[list[Tensor], list[tuple[bool, bool]]] | None = None  # what that has changed
+        self._bad: Tensor | None = None  # whether its numbers are bad, on the device
+        self._measured: Measured | None = None  # what the next sets are chosen from
+        self._verdict: Tensor | None = None  # that of the step of a stock optimizer
+        self._reduced = False  # whether its compact gradients are those of all ranks
+        self._shared = False
+        self._checked = False
+        self._undo: list[Callable[[], Any]] = []
+        try:
+            self._swap(projections, groups)
+        except ValueError:
+            self.restore()
+            raise
+        _registry[id(self)] = self
+
+    @classmethod
+    def paper(cls, model: nn.Module, **options: Any) -> LongAct:
+        """The paper's recipe: L2 statistic, 30% of every head, from the step's own batch, anew at every step.
+
+        The paper masks gradients and leaves the rest to a stock optimizer: `longact.attach(torch.optim.AdamW(...))`.
+
+        Args:
+            model: as of `LongAct`.
+            options: others, or other values.
+        """
+        return cls(model, **{"density": 0.3, "statistic": "l2", "scope": "head", "selection": "current", **options})
+
+    @staticmethod
+    def of(model: nn.Module) -> LongAct:
+        """The controller of a model: of a copy, the copy's.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        ids = {id(module) for module in model.modules()}
+        for longact in controllers():
+            if any(id(layer) in ids for layer in longact.layers.values()):
+                return longact
+        raise ValueError("model: it has no LongAct; needed one that LongAct(model) was made for, or a copy of it")
+
+    def __getattr__(self, name: str) -> Any:
+        # Options may be read as attributes of the controller.
+        if name in field_names() and "config" in self.__dict__:
+            return getattr(self.config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in field_names():
+            raise AttributeError(
+                f"{name}: the options of a LongAct are fixed; call restore() and make another with {name}={value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def _swap(self, projections: list[Projection], groups: list[list[ChannelGroup]]) -> None:
+        """Gives the projections' modules their salient sets, and the places where statistics are taken their taps."""
+        config = self.config
+        sizes: list[int] = []  # of the statistics' segments
+        source: list[int] = []  # the place in them of every channel
+        taps: defaultdict[str, dict[str, Tap]] = defaultdict(dict)  # by attention module, then kind
+        device = projections[0].module.get_parameter("weight").device
+        self._index = torch.full((sum(self._select.sizes),), -1, dtype=torch.int64, device=device)
+        index = self._index.split(self._select.sizes)
+        self._of_tap: list[tuple[Tap, int]] = []
+        for projection, layer, own in zip(projections, groups, index, strict=True):
+            module, start = projection.module, len(source)
+            heads = [channels for channels, _ in layer]
+            # One segment a kind, in the order of its heads; away from the projection, nothing feeds those of no kind.
+            parts: list[ChannelGroup] = [(sum(heads), None)] if config.site == "projection" else layer
+            by_kind: defaultdict[str | None, list[int]] = defaultdict(list)
+            for channels, kind in parts:
+                by_kind[kind].append(channels)
+            salient = SalientSet(
+                name=projection.name,
+                plain=type(module),
+                channels=slice(start, start + sum(heads)),
+                segments=slice(len(sizes), len(sizes) + len(by_kind)),
+                heads=heads,
+                size=len(own),
+                axis=config.axis,
+                transposed=projection.transposed,
+                call=self.call,
+                batch=self.batch,
+                index=own,
+            )
+            offsets = {}
+            for kind, of_kind in by_kind.items():
+                if kind is not None:
+                    tap = taps[projection.attention][kind] = Tap(salient, config.site, sum(of_kind), len(of_kind))
+                    self._of_tap.append((tap, len(sizes)))
+                offsets[kind] = start
+                start += sum(of_kind)
+                sizes.append(sum(of_kind))
+            for channels, kind in parts:
+                source += range(offsets[kind], offsets[kind] + channels)
+                offsets[kind] += channels
+            self.layers[projection.name] = become_salient(module, salient)
+        order = None if config.site == "projection" else torch.tensor(source)
+        self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device)
+        self._saliency = torch.zeros(len(source), device=device)
+        self._before = self._index.clone()
+        self._first = self._index.clone()
+        self._widths = torch.tensor([s.channels.stop - s.channels.start for s in self._sets()])
+        self._segments = torch.tensor([s.segments.stop - s.segments.start for s in self._sets()])
+        self._sizes = torch.tensor(self._select.sizes)
+        self._times = torch.zeros(len(self.layers), dtype=torch.int32, device=device)  # how often each set was chosen
+        self._place(device)
+        for path, of_attention in taps.items():
+            tap_at = tap_norm if config.site == "norm" else tap_rope
+            self._undo += tap_at(self.model.get_submodule(path), path, of_attention)
+        self._undo += tell_tokens(self.model, self.call)
+        self._undo.append(TellingZeroGrad(self.model, self.zeroed).undo)
+        if config.grad == "compact":
+            ignored = [f"{name}.weight" for name in self.layers]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ignored)
+            self._undo.append(partial(delattr, self.model, "_ddp_params_and_buffers_to_ignore"))
+            hooks = [layer.register_forward_pre_hook(self._share_weights) for layer in self.layers.values()]
+            self._undo += [hook.remove for hook in hooks]
+
+    def _sets(self) -> Iterator[SalientSet]:
+        return (layer.salient for layer in self.layers.values())
+
+    # Where things lie
+
+    def _place(self, device: torch.device) -> None:
+        """Puts all that a step needs on the device of the weights, and views of it where they are used."""
+        self._placed = True
+        self._statistics.move(device)
+        if self.accumulators is not None:
+            self.accumulators.move(device)
+        for name in ("_index", "_before", "_first", "_saliency", "_times", "_widths", "_segments", "_sizes"):
+            held = getattr(self, name)
+            if held.is_meta and device.type != "meta":
+                held = torch.full_like(held, 0 if name in ("_saliency", "_times") else -1, device=device)
+            elif device.type != "meta" or name not in ("_widths", "_segments", "_sizes"):  # whose values must stay
+                held = held.to(device)
+            setattr(self, name, held)
+        for salient, index in zip(self._sets(), self._index.split(self._select.sizes), strict=True):
+            salient.index, salient.token = index, salient.token.to(device)
+            salient.grad = None if self.accumulators is None else self.accumulators.parts[salient.name]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Tells layers, or taps, what to merge their statistics into."""
+        if self.config.site == "projection":
+            for salient in self._sets():
+                salient.stats = None if self.frozen else self._statistics.running(salient.segments.start)
+        for tap, segment in self._of_tap:
+            tap.stats = None if self.frozen else self._statistics.running(segment)
+
+    def _share_weights(self, *_: Any) -> None:
+        """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
+        if self._shared or not is_distributed():
+            return
+        self._shared = True
+        for layer in self.layers.values():
+            if not is_sharded(layer.weight):
+                torch.distributed.broadcast(layer.weight.data, 0)
+
+    def check(self) -> None:
+        """Whether the layers are where they were, and can train.
+
+        Raises:
+            ValueError: for compact gradients of sharded weights.
+            RuntimeError: if something has been put in the place of one, or nothing is left to train.
+        """
+        for name, layer in self.layers.items():
+            try:
+                found = self.model.get_submodule(name)
+            except AttributeError:
+                found = None
+            if found is not layer:
+                what = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__} now"
+                raise RuntimeError(
+                    f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
+                    "before LongAct is made (they train densely beside it), or train without LongAct"
+                )
+        if self.config.grad == "compact" and any(is_sharded(layer.weight) for layer in self.layers.values()):
+            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+        if not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
+            raise RuntimeError(
+                f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
+                "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
+            )
+
+    def _call_begins(self) -> None:
+        if not self._checked:
+            self._checked = True
+            self.check()
+
+    # The batch
+
+    def drop(self, layers: Iterable[SalientLayer] | None = None) -> None:
+        """Forgets the backward passes since the last step: their gradients have been zeroed.
+
+        Args:
+            layers: those whose gradients have been zeroed; all of them if not given.
+        """
+        dropped = list(self.layers.values() if layers is None else layers)
+        for layer in dropped:
+            layer.salient.has_grad = False
+        if self._stepped:
+            return  # they are in the statistics, as their gradients are in the weights
+        everything = len(dropped) == len(self.layers)
+        if self.batch.present or self._masked:
+            for part in [None] if everything else [layer.salient.segments for layer in dropped]:
+                self._statistics.drop(part)
+        if everything:
+            self._take_back()
+            self.batch.clear()
+            self._masked, self._bad, self._reduced = False, None, False
+
+    def zeroed(self, ids: set[int] | None = None) -> None:
+        """Says that gradients have been zeroed: of the parameters with these ids, or of all.
+
+        `zero_grad` of the model, of `SalientAdamW` and of attached optimizers calls it.
+        """
+        self.drop(None if ids is None else [layer for layer in self.layers.values() if id(layer.weight) in ids])
+
+    def _take_back(self) -> None:
+        """Undoes a choice that was made from a batch which is dropped."""
+        if self._saved is None:
+            return
+        tensors, flags = self._saved
+        for held, old in zip(self._chosen_tensors(), tensors, strict=True):
+            held.copy_(old)
+        for salient, (chosen, active) in zip(self._sets(), flags, strict=True):
+            salient.chosen, salient.active = chosen, active
+        self._saved = None
+
+    def _chosen_tensors(self) -> tuple[Tensor, ...]:
+        """All that choosing sets writes."""
+        return self._index, self._before, self._first, self._saliency, self._times
+
+    # Selection
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps there have been."""
+        return self._steps + bool(self._stepped)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the sets have been chosen for good."""
+        freeze_after = self.config.freeze_after
+        return freeze_after is not None and self.steps >= freeze_after
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no set yet, and nothing to choose one from."""
+        return not any(s.chosen for s in self._sets()) and not self.batch.present
+
+    def _choose(self, measured: Measured, among: list[bool] | None = None) -> None:
+        """Chooses salient sets anew; those of layers that no activation reached stay.
+
+        Args:
+            measured: what they are chosen from.
+            among: for each layer whether its set is to be chosen; all if not given.
+        """
+        fed = torch.segment_reduce(measured.fed.float(), "max", lengths=self._segments) > 0
+        if among is not None:
+            fed &= torch.tensor(among, device=fed.device)
+        if self._bad is not None:
+            fed &= self._bad == 0
+        saliency = measured.value
+        again = fed & (self._times > 0)
+        if self.config.ema:
+            averaged = self._saliency.lerp(saliency, 1 - self.config.ema)
+            saliency = torch.where(self._by_channel(again), averaged, saliency)
+        self._saliency.copy_(torch.where(self._by_channel(fed), saliency, self._saliency))
+        index = self._select(self._saliency, self._steps)
+        fed_slots, new_slots = (
+            flags.repeat_interleave(self._sizes, output_size=len(index)) for flags in (fed, fed & (self._times == 0))
+        )
+        self._before.copy_(torch.where(fed_slots, self._index, self._before))
+        self._index.copy_(torch.where(fed_slots, index, self._index))
+        self._first.copy_(torch.where(new_slots, index, self._first))
+        self._times += fed
+        for salient in self._sets():
+            salient.version += 1
+        if not all(s.chosen for s in self._sets()):
+            for salient, reached in zip(self._sets(), fed.tolist(), strict=True):
+                salient.chosen |= reached
+
+    def _by_channel(self, of_layers: Tensor) -> Tensor:
+        return of_layers.repeat_interleave(self._widths, output_size=len(self._saliency))
+
+    # One optimizer step
+
+    def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Says that an optimizer begins a step. `SalientAdamW` and attached optimizers do.
+
+        Raises:
+            RuntimeError: inside a backward pass, or if layers have been replaced.
+            FloatingPointError: for bad numbers in an earlier step.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "LongAct: an optimizer of query or key weights stepped inside backward, where the statistics of the "
+                "batch are not complete; step it after backward"
+            )
+        if any(stepped() is optimizer for stepped in self._stepped):
+            self.settle()
+        self.watch.look()
+        if not self._checked:
+            self.check()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zeroes the gradient rows outside the set where backward left them dense: in a first step, or with "current".
+
+        Compact gradients are averaged over the ranks here. Call it after a step's last backward and before gradient
+        clipping; `clip_grad_norm_`, `SalientAdamW.step()` and attached optimizers call it if you did not. A second call
+        in a step does nothing.
+
+        Raises:
+            RuntimeError: if there is no set yet and nothing to choose it from.
+            FloatingPointError: on a CPU, for NaN or Inf activations, if `nonfinite` is "error"; the batch is out of
+                the statistics then.
+        """
+        self._settle_device()
+        self.batch.drop_zeroed()
+        if self._masked or self._stepped:
+            return
+        layers = list(self.layers.values())
+        if not (self.batch.present or is_distributed() or any(layer.weight.grad is not None for layer in layers)):
+            return
+        if self.idle and not is_distributed():
+            self._raise_idle()
+        self._masked = True
+        if self.config.grad == "compact":
+            self._reduce()
+        if self.config.nonfinite != "off":
+            flags = self._bad_layers()
+            if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
+                self.drop()
+                self.watch.post(flags, self._names, self._steps + 1)
+            self._bad = flags.any()
+        among = [not layer.salient.active for layer in layers]
+        if not any(among):
+            return
+        self._saved = [held.clone() for held in self._chosen_tensors()], [(s.chosen, s.active) for s in self._sets()]
+        self._choose(self._statistics.measure("batch", all_reduce), None if all(among) else among)
+        for layer, dense in zip(layers, among, strict=True):
+            if not dense:
+                continue
+            salient = layer.salient
+            if salient.chosen:
+                salient.active = True
+                gradients.mask_(layer)
+            elif layer.weight.grad is not None and (self._bad is None or not self._bad):
+                raise RuntimeError(
+                    f"LongAct: {salient.name} has a gradient, but no activation statistics to choose its salient set "
+                    "from; they are collected while the layer is in training mode (model.train())"
+                )
+            if self.config.selection == "lagged":
+                self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
+
+    def _raise_idle(self) -> None:
+        raise RuntimeError(
+            "LongAct: a step came before any activation statistics; they are collected while the model is in training "
+            "mode (model.train()) and gradients are on"
+        )
+
+    def _bad_layers(self) -> Tensor:
+        """Bool [layers]: whether the batch has NaN or Inf activations, on any rank."""
+        flags = torch.segment_reduce(self._statistics.bad().float(), "max", lengths=self._segments)
+        all_reduce(flags, "max")
+        return flags > 0
+
+    def _names(self, layer: int) -> str:
+        return f"the activations of {list(self.layers)[layer]}"
+
+    def name_of(self, p: Tensor) -> str:
+        """The name of a parameter of the model, for a message."""
+        names = {id(own): name for name, own in self.model.named_parameters()}
+        return names.get(id(p), f"a parameter of shape {list(p.shape)}")
+
+    def verdict(self, grads: list[Tensor], name_of: Callable[[int], str]) -> Tensor | None:
+        """Whether a step's numbers are bad, on the device: it must change nothing then.
+
+        Args:
+            grads: the gradients that the step will use.
+            name_of: the name of the parameter that the i-th belongs to, for the error.
+
+        Returns:
+            A flag of one element, or None if nobody looks.
+
+        Raises:
+            FloatingPointError: on a CPU, if `nonfinite` is "error"; the batch is out of the statistics then.
+        """
+        if self.config.nonfinite == "off":
+            return None
+        device = self._index.device
+        found = gradients.nonfinite(grads) if grads else torch.zeros(0, dtype=torch.bool, device=device)
+        if any(map(is_sharded, grads)):
+            shared = found.int()
+            all_reduce(shared, "max")
+            found = shared > 0
+        activations = 0 if self._bad is None else 1
+        if self._bad is not None:
+            found = torch.cat((self._bad.view(1), found))
+
+        def name(i: int) -> str:
+            return "activations" if i < activations else f"the gradient of {name_of(i - activations)}"
+
+        try:
+            self.watch.post(found, name, self._steps + 1)
+        except FloatingPointError:
+            self.drop()
+            raise
+        return found.any()
+
+    @torch.no_grad()
+    def end_step(self, optimizer: torch.optim.Optimizer | None, bad: Tensor | None = None) -> None:
+        """Says that an optimizer has stepped (None: something else). `SalientAdamW` and attached optimizers do.
+
+        The step ends when the next batch's backward begins, or when somebody asks for what follows from it: any number
+        of optimizers may take it together.
+
+        Args:
+            bad: a flag that the step has changed nothing, if it may be so.
+        """
+        first = not self._stepped
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
+        for layer in self.layers.values():
+            if ids is None or id(layer.weight) in ids:
+                layer.salient.has_grad = False  # a step uses a compact gradient up
+        if first and self.frozen:
+            self._statistics.drop()
+        elif first and self.config.selection == "lagged":
+            self._statistics.commit(bad)
+        elif first:
+            self._statistics.drop()
+        due = self._due
+        self._stepped.append(weakref.ref(self if optimizer is None else optimizer))
+        if first:
+            if self.config.selection == "lagged" and due:
+                self._measured = self._measured_period()
+            self.batch.clear()
+            self._saved = None
+            for salient in self._sets():
+                salient.active = salient.chosen and (self.config.selection == "lagged" or not due)
+            if self.frozen:
+                self._connect()
+
+    def advance(self) -> None:
+        """Ends a step that was taken by hand, without an optimizer, and refreshes the sets on schedule.
+
+        Before it: `mask_gradients()`, and whatever changes the weights by their gradients.
+        """
+        self.end_step(None, self._bad)
+        self.settle()
+
+    def _measured_period(self) -> Measured:
+        """What the refresh period has measured on all ranks; begins another.
+
+        Ranks meet here, in a step, which all of them take; who asks for sets afterwards may be one of them alone.
+        """
+        measured = self._statistics.measure("period", all_reduce)
+        self._statistics.period.buffer.zero_()
+        return measured
+
+    @property
+    def _due(self) -> bool:
+        """Whether the sets are to be chosen anew after the step under way."""
+        return (self._steps + 1) % self.config.refresh_every == 0 and not self.frozen
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Ends the step that optimizers have taken, if any has, and refreshes the sets when their time has come."""
+        self._settle_device()
+        if not self._stepped:
+            return
+        self._stepped = []
+        self._steps += 1
+        self._masked = self._reduced = self._checked = False
+        self._bad = None
+        if self._measured is not None:
+            self._choose(self._measured)
+            self._measured = None
+        if self.config.grad == "compact":
+            self._accumulate()
+
+    def refresh(self) -> None:
+        """Chooses every layer's salient set now, from the statistics since the last refresh, and starts them anew.
+
+        Raises:
+            RuntimeError: if there is no set yet and nothing to choose it from.
+            FloatingPointError: for NaN or Inf activations, if `nonfinite` is "error".
+        """
+        self.settle()
+        if self.idle and not is_distributed():
+            self._raise_idle()
+        flags = self._bad_layers()
+        if self.config.nonfinite == "error" and flags.any():
+            self.drop()
+            self.watch.post(flags, self._names, self._steps + 1)
+        self._bad = None if self.config.nonfinite == "off" else flags.any()
+        self._statistics.commit(self._bad)
+        self._choose(self._measured_period())
+        self._bad = None
+        for salient in self._sets():
+            salient.active = salient.chosen and self.config.selection == "lagged"
+
+    def _settle_device(self) -> None:
+        """A model may have been moved, or copied, since."""
+        if not self.layers:
+            return
+        device = next(iter(self.layers.values())).weight.device
+        if self._index.device != device or not self._placed:
+            self._place(device)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
+
+        A second call does nothing. What resuming needs goes into the optimizer's state dict, as `longact` in its first
+        group. A deep copy or a pickle of a stock optimizer leaves its hooks behind: attach the copy's controller to it.
+
+        Raises:
+            ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer that holds none of
+                the salient weights; or for a loaded state dict that was saved with sets of other sizes.
+        """
+        if self.config.grad == "compact":
+            raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
+        if getattr(optimizer, "steps_salient_weights", False):
+            return  # it finds its controllers by itself
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(layer.weight) in ids for layer in self.layers.values()):
+            raise ValueError(
+                f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} query and key weights; "
+                "needed the optimizer of LongAct's own model"
+            )
+        if getattr(optimizer, "_longact", None) is self:
+            return
+        optimizer._longact = self  # type: ignore[attr-defined]
+        TellingZeroGrad(optimizer, partial(self._zeroed_by, optimizer))
+        optimizer.register_step_pre_hook(self._before_stock)
+        optimizer.register_step_post_hook(self._after_stock)
+        optimizer.register_state_dict_post_hook(self._save_beside)
+        optimizer.register_load_state_dict_post_hook(self._load_beside)
+        self._load_beside(optimizer)  # what was loaded before
+
+    def _zeroed_by(self, optimizer: torch.optim.Optimizer) -> None:
+        self.zeroed({id(p) for group in optimizer.param_groups for p in group["params"]})
+
+    def _before_stock(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
+        if not self.layers:
+            return None  # restored
+        self.begin_step(optimizer)
+        # The optimizer itself is the first of a step's arguments.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._prepare_stock(optimizer)
+            return None
+
+        def masked_closure() -> Any:
+            loss = closure()
+            self._prepare_stock(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], masked_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": masked_closure}
+
+    @torch.no_grad()
+    def _prepare_stock(self, optimizer: torch.optim.Optimizer) -> None:
+        """Masks gradients, and takes away bad ones: an optimizer passes over parameters without a gradient."""
+        self.mask_gradients()
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        ids = {id(p) for p in params}
+        for layer in self.layers.values():
+            if layer.salient.chosen and id(layer.weight) in ids:
+                gradients.mask_(layer)  # also what did not come through the layer
+        scaled = getattr(optimizer, "found_inf", None) is not None
+        self._verdict = None if scaled else self.verdict([p.grad for p in params], lambda i: self.name_of(params[i]))
+        if self._verdict is not None and self._verdict:
+            for p in params:
+                p.grad = None
+
+    def _after_stock(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.layers:
+            self.end_step(optimizer, getattr(optimizer, "found_inf", None) if self._verdict is None else self._verdict)
+
+    def _save_beside(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        saved["param_groups"][0]["longact"] = {s.name: self.state_for(s) for s in self._sets()}
+
+    def _load_beside(self, optimizer: torch.optim.Optimizer) -> None:
+        saved = optimizer.param_groups[0].pop("longact", None) or {}
+        for salient in self._sets() if saved else ():
+            self.check_state_for(salient, saved.get(salient.name, {}))
+        for salient in self._sets() if saved else ():
+            self.load_state_for(salient, saved[salient.name])
+
+    # Compact gradients
+
+    def compact_grads(self) -> list[Tensor]:
+        """Those that backward has put somewhere since they were last zeroed."""
+        return [s.grad for s in self._sets() if s.grad is not None and s.has_grad]
+
+    def _accumulate(self) -> None:
+        """Has backward put the gradients of sets into accumulators from now on."""
+        if self.accumulators is None and any(s.chosen for s in self._sets()):
+            self.accumulators = gradients.accumulators(self.layers, self._statistics.device)
+        if self.accumulators is not None:
+            for salient in self._sets():
+                salient.grad, salient.has_grad = self.accumulators.parts[salient.name], False
+
+    def _reduce(self) -> None:
+        """Averages the gradients of all ranks, once a step."""
+        if self._reduced or not is_distributed():
+            return
+        self._reduced = True
+        grads = [layer.weight.grad for layer in self.layers.values() if layer.weight.grad is not None]
+        if self.accumulators is not None:
+            for salient in self._sets():
+                if not salient.has_grad:
+                    self.accumulators.parts[salient.name].zero_()
+            anywhere = torch.tensor([s.has_grad for s in self._sets()], dtype=torch.int32, device=self._index.device)
+            all_reduce(anywhere, "max")
+            if not all(s.has_grad for s in self._sets()):
+                for salient, has_grad in zip(self._sets(), anywhere.tolist(), strict=True):
+                    salient.has_grad = bool(has_grad)
+            grads.append(self.accumulators.buffer)
+        for grad in grads:
+            all_reduce(grad, "sum")
+            grad.div_(torch.distributed.get_world_size())
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` of the masked gradients, compact ones among them; returns their norm."""
+        self.mask_gradients()
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        ids = {id(p) for p in parameters}
+        own = [layer for layer in self.layers.values() if id(layer.weight) in ids]
+        compact = [grad for layer in own if (grad := gradients.compact_grad(layer)) is not None]
+        grads = [p.grad for p in parameters if p.grad is not None] + compact
+        norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
+        gradients.clip_(compact, max_norm, norm)
+        return norm
+
+    # What the user looks at
+
+    @property
+    def sets(self) -> dict[str, Tensor]:
+        """By layer, its salient channels, int64 ascending; layers without a set are left out."""
+        self.settle()
+        return {s.name: s.index[s.index >= 0] for s in self._sets() if s.chosen}
+
+    @property
+    def skipped(self) -> int:
+        """How many steps have changed nothing because of NaN or Inf."""
+        self.watch.look(wait=True)
+        return self.watch.skipped
+
+    def saliency(self, name: str) -> Tensor | None:
+        """The statistic [channels] that the set of layer `name` was last chosen from; None before there is one."""
+        self.settle()
+        salient = self.layers[name].salient
+        return self._saliency[salient.channels] if salient.chosen else None
+
+    @property
+    def churn(self) -> dict[str, float]:
+        """By layer, 1 − Jaccard overlap of the set with the one before; empty until there are two."""
+        self.settle()
+        return {
+            s.name: 1 - jaccard(s.index, before)
+            for s, before, times in zip(
+                self._sets(), self._before.split(self._select.sizes), self._times.tolist(), strict=True
+            )
+            if times > 1
+        }
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What there is to know of every layer, as plain numpy arrays and numbers.
+
+        Returns:
+            By layer: `saliency`, fp32 [channels], what its set was last chosen from; `salient`, the set, ascending;
+            `heads`, how many channels each head has; `churn`, 1 − Jaccard overlap with the set before (NaN until there
+            are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
+        """
+        self.settle()
+        sizes, times = self._select.sizes, self._times.tolist()
+        sets = zip(self._sets(), self._before.split(sizes), self._first.split(sizes), times, strict=True)
+        return {
+            s.name: layer_report(s, self._saliency[s.channels], before if times > 1 else None, first)
+            for s, before, first, times in sets
+            if s.chosen
+        }
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws `report()`: magnitudes by layer, head and channel with the salient ones in colour, churn and overlap.
+
+        Returns a matplotlib figure.
+
+        Args:
+            path: where to save the picture as well: its ending (.png, .svg, .pdf) says as what.
+
+        Raises:
+            RuntimeError: before the first refresh.
+            ImportError: without matplotlib.
+        """
+        try:
+            from longact_kernels.sparse.figures import report_figure
+        except ImportError as error:
+            raise ImportError("plot: needs matplotlib; run pip install matplotlib") from error
+        report = self.report()
+        if not report:
+            raise RuntimeError("plot: there is no salient set yet; needed a backward pass and a step, or refresh()")
+        figure = report_figure(report)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def restore(self) -> nn.Module:
+        """Makes plain layers of the salient ones again, and returns the model."""
+        for layer in self.layers.values():
+            become_plain(layer)
+        for undo in self._undo:
+            undo()
+        self.layers, self._undo = {}, []
+        return self.model
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        # A pickle does not keep views views.
+        return {**self.__dict__, "_stepped": [], "_verdict": None, "_placed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a model has a controller of its own, the copy of this one."""
+        self.__dict__.update(state)
+        _registry[id(self)] = self
+
+    # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
+
+    def state_for(self, salient: SalientSet) -> dict[str, Tensor]:
+        """What resuming needs of one layer, as tensors of fixed shapes: distributed checkpoints are read in place."""
+        self.settle()
+        period = self._statistics.state(salient.channels, salient.segments)
+        return {
+            "salient_steps": torch.tensor(self.steps),
+            "salient_flags": torch.tensor([salient.active, False, salient.chosen]),
+            "salient_rows": salient.index.clone(),
+            "salient_saliency": self._saliency[salient.channels].clone(),
+            **{name: part.clone() for name, part in period.items()},
+        }
+
+    def check_state_for(self, salient: SalientSet, state: dict[str, Tensor]) -> None:
+        """Whether `load_state_for` can take a state.
+
+        Raises:
+            ValueError: if the state has no salient set, or one of another size.
+        """
+        if "salient_steps" not in state:
+            raise ValueError(
+                f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
+                "while LongAct was on the model"
+            )
+        if (saved := len(state["salient_rows"])) != salient.size:
+            raise ValueError(
+                f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
+                f"{salient.size}; use the density and scope of the saved run"
+            )
+
+    @torch.no_grad()
+    def load_state_for(self, salient: SalientSet, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_for` gave."""
+        self._settle_device()
+        self._stepped = []
+        self.batch.clear()
+        self._statistics.drop(salient.segments)
+        self._saved, self._masked = None, False
+        self._steps = int(state["salient_steps"])
+        active, _, chosen = map(bool, state["salient_flags"].tolist())
+        salient.active, salient.chosen, salient.has_grad = active, chosen, False
+        if chosen:
+            salient.index.copy_(state["salient_rows"])
+            salient.version += 1
+            place = list(self.layers).index(salient.name)
+            self._first.split(self._select.sizes)[place].copy_(salient.index)
+            self._times[place] = 1
+            self._saliency[salient.channels] = state["salient_saliency"].to(self._saliency)
+        for name, part in self._statistics.state(salient.channels, salient.segments).items():
+            part.copy_(state[name])
+        if self.config.grad == "compact":
+            self._accumulate()
+        self._connect()
+
+
+def _check_projections(projections: list[Projection]) -> None:
+    """What our forward, our kernels and one buffer for all layers need of the layers.
+
+    Raises:
+        ValueError: if a layer lacks it; the message names the layer.
+    """
+    remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
+    if len(devices := {str(one.module.get_parameter("weight").device) for one in projections}) > 1:
+        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
+    for one in projections:
+        weight = one.module.get_parameter("weight")
+        if "forward" in vars(one.module):
+            raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model: the weight of {one.name} is {weight.dtype}; needed float32, bfloat16 or float16, such as "
+                "model.float()"
+            )
+        if not is_sharded(weight) and weight.shape[1] > 1 and weight.stride(1) != 1:
+            raise ValueError(
+                f"model: the weight of {one.name} has strides {tuple(weight.stride())}; needed rows contiguous: "
+                "layer.weight.data = layer.weight.data.contiguous()"
+            )
+
+
+def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Before any optimizer's step: one that we do not know of would train salient weights densely."""
+    if getattr(optimizer, "steps_salient_weights", False) or not _registry:
+        return
+    known = getattr(optimizer, "_longact", None)
+    salient = salient_weights()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) in salient and p.requires_grad and salient[id(p)][0] is not known:
+                raise RuntimeError(
+                    f"LongAct: a {type(optimizer).__name__} that knows nothing of it is about to train "
+                    f"{salient[id(p)][1].salient.name} densely; call longact.attach(optimizer), or use SalientAdamW"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_strangers)

@@ -1,0 +1,58 @@
+"""Gradients of salient weights: masked where backward left them dense, and compact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from longact_kernels.sparse.flat import Flat
+from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.sharding import local, local_mask
+
+
+def mask_(layer: SalientLayer) -> None:
+    """Zeroes the gradient of a layer's weight outside its salient set."""
+    weight, salient = layer.weight, layer.salient
+    if weight.grad is None:
+        return
+    # One place more, which empty slots (-1) clear.
+    outside = torch.ones(weight.shape[salient.dim] + 1, dtype=torch.bool, device=weight.device)
+    outside[salient.index] = False
+    outside = local_mask(weight, outside[:-1], salient.dim)
+    local(weight.grad).masked_fill_(outside.unsqueeze(1 - salient.dim), 0)
+
+
+def accumulators(layers: Mapping[str, SalientLayer], device: torch.device) -> Flat:
+    """fp32 tensors for the salient channels' gradients of every layer."""
+    shapes = {}
+    for name, layer in layers.items():
+        shapes[name] = list(layer.weight.shape)
+        shapes[name][layer.salient.dim] = layer.salient.size
+    return Flat(shapes, device)
+
+
+def compact_grad(layer: SalientLayer) -> Tensor | None:
+    """What backward has put into a layer's accumulator; with a dense gradient beside it, that of both."""
+    salient, weight = layer.salient, layer.weight
+    if salient.grad is None or not salient.has_grad:
+        return None
+    if weight.grad is not None:
+        # From a pass that was not the layer's own, such as one in evaluation mode.
+        filled = salient.index >= 0
+        part = weight.grad.index_select(salient.dim, salient.index.clamp(min=0)).float()
+        salient.grad += part.masked_fill_(~filled.unsqueeze(1 - salient.dim), 0)
+        weight.grad = None
+    return salient.grad
+
+
+def clip_(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scales gradients as `torch.nn.utils.clip_grads_with_norm_` does those of parameters."""
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    """For each tensor whether it holds a NaN or Inf, bool [tensors]."""
+    return ~torch.stack([torch.linalg.vector_norm(local(one), float("inf")).float() for one in tensors]).isfinite()

@@ -1,0 +1,75 @@
+"""`SalientLinear`: a linear layer that feeds activation statistics and updates its salient channels only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longact_kernels.functional import project
+from longact_kernels.sparse.salient_set import SalientSet
+
+
+class SalientLayer(nn.Module):
+    """A linear layer with a salient set."""
+
+    salient: SalientSet = None  # type: ignore[assignment]
+    weight: Tensor
+    bias: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        salient = self.salient
+        if salient is None:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if not (self.training and torch.is_grad_enabled() and weight.requires_grad):
+            # A block that reentrant checkpointing will repeat runs without gradients.
+            salient.call.unrecorded |= self.training and not torch.is_grad_enabled()
+            return salient.plain.forward(self, x)
+        if not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, or "
+                "made by a parametrisation); use FSDP2 (fully_shard), or plain weights, or LongAct.restore() before"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast does not look inside an autograd.Function: cast as it casts for F.linear.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        tokens = salient.call.tokens_now() if salient.stats is not None else None
+        if tokens is None:
+            return project(x, weight, bias, salient)
+        mask, cu_seqlens = tokens.of(x, salient.stats.l2, salient.name)
+        if cu_seqlens is None:
+            return project(x, weight, bias, salient, salient.stats.l2, mask)
+        y = project(x.flatten(0, -2), weight, bias, salient, salient.stats.l2, mask, cu_seqlens)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class SalientLinear(SalientLayer, nn.Linear):
+    """An `nn.Linear` with the same parameters, state-dict keys, forward values and input gradient.
+
+    While it is training with gradients on, the magnitude of its activation is recorded for every channel, and the
+    gradient of `weight` is zero outside the salient set. `LongAct` makes one of a linear layer by giving it this class;
+    with `salient` None it is a plain `nn.Linear`.
+    """
+
+
+class SalientConv1D(SalientLayer):
+    """`SalientLinear` for transformers' `Conv1D`, a linear layer whose weight is stored [in_features, out_features]."""
+
+
+def become_salient(module: nn.Module, salient: SalientSet) -> SalientLayer:
+    """Gives a linear layer a salient set. The module stays itself, with its parameters and hooks."""
+    module.__class__ = SalientConv1D if salient.transposed else SalientLinear
+    assert isinstance(module, SalientLayer)
+    module.salient = salient
+    return module
+
+
+def become_plain(layer: SalientLayer) -> None:
+    """Makes a layer what it was before it had a salient set."""
+    plain = layer.salient.plain
+    del layer.salient
+    layer.__class__ = plain  # type: ignore[assignment]

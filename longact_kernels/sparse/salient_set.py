@@ -1,0 +1,121 @@
+"""`SalientSet`: the salient set of one layer, and what its backward writes to. It knows no controller."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longact_kernels.functional import Axis
+from longact_kernels.sparse.batch import Batch
+from longact_kernels.sparse.tokens import Call
+
+
+@dataclass(eq=False)
+class SalientSet:
+    """The salient set of one projection, carried by its layer.
+
+    Attributes:
+        name: the projection's module name.
+        plain: the class that the layer had before.
+        channels, segments: the projection's part of the statistics: channels, and segments of such.
+        heads: how many channels each head has.
+        size: how many channels the set holds.
+        axis: what a channel is: one of the projection's output ("rows") or input ("columns").
+        transposed: whether the weight is stored [in_features, out_features].
+        call: the model call under way.
+        batch: the backward passes of the step under way.
+        index: the set, int64 [size] ascending, behind its empty slots (-1). Written in place.
+        chosen: whether the set has been chosen.
+        active: whether it holds for the step under way, so that backward computes its channels alone.
+        stats: what backward merges the projection's statistics into; None where they are taken elsewhere, or no more.
+        grad: the fp32 accumulator of the set's gradient, where those are kept in place of whole gradients.
+        has_grad: whether backward has put something there since it was last zeroed.
+        version: grows whenever the set may have changed.
+        token: what compiled code writes to in place of all that it cannot see.
+    """
+
+    name: str
+    plain: type[nn.Module]
+    channels: slice
+    segments: slice
+    heads: list[int]
+    size: int
+    axis: Axis
+    transposed: bool
+    call: Call
+    batch: Batch
+    index: Tensor
+    chosen: bool = False
+    active: bool = False
+    stats: Any = None
+    grad: Tensor | None = None
+    has_grad: bool = False
+    version: int = 0
+    token: Tensor = field(init=False)
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the stored weight that the channels lie along."""
+        return int((self.axis == "columns") != self.transposed)
+
+    def __post_init__(self) -> None:
+        self.token = torch.zeros(1, device=self.index.device)
+        self.key = next(_keys)
+        _by_key[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.key = next(_keys)  # a copy is another set
+        _by_key[self.key] = self
+
+    def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
+        """Called by the layer's backward: takes the statistics in; returns the channels to compute, None for all."""
+        if torch.compiler.is_compiling():
+            written = [self.token] if self.grad is None else [self.token, self.grad]
+            index = torch.ops.longact.begin(self.key, self.size, measured, written)
+            return index if self.active else None
+        self.batch.enter()
+        if measured:
+            self.stats.merge_(*measured)
+        return self.index if self.active else None
+
+    def accumulator(self) -> tuple[Tensor, bool] | None:
+        """Where the set's gradient goes, and whether it is added to what is there; None: to the weight's own."""
+        if self.grad is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self.grad, True
+        add, self.has_grad = self.has_grad, True
+        return self.grad, add
+
+
+_keys = itertools.count()
+_by_key: weakref.WeakValueDictionary[int, SalientSet] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("longact::begin", mutates_args=("written",))
+def _begin(key: int, size: int, measured: list[Tensor], written: list[Tensor]) -> Tensor:
+    """`SalientSet.begin` in a compiled backward, which cannot follow what it does.
+
+    It writes to a token, so that nobody leaves it out, and returns a copy of the set, so that what reads the set comes
+    later. An accumulator is zeroed here where nothing is in it yet.
+    """
+    salient = _by_key[key]
+    salient.batch.enter()
+    if measured:
+        salient.stats.merge_(*measured)
+    if len(written) > 1 and not salient.has_grad:
+        written[1].zero_()
+    salient.has_grad = len(written) > 1
+    written[0].zero_()
+    return salient.index.clone()
+
+
+@_begin.register_fake
+def _(key, size, measured, written):
+    return written[0].new_empty(size, dtype=torch.int64)

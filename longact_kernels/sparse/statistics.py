@@ -1,0 +1,194 @@
+"""How the magnitude of a channel is measured, and the running statistics of the channels of all layers.
+
+A new statistic is a subclass of `Statistic` here, with an entry in `STATISTICS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from longact_kernels.sparse.flat import Flat
+
+
+class Statistic(ABC):
+    """A magnitude made of absmax and sums of squares.
+
+    Attributes:
+        fields: what it keeps: for each of its tensors, whether it has a value for every "channel" or "segment" (the
+            channels that one activation feeds). The first has one for every channel, zero as long as nothing was fed.
+        join: how two of a field become one, over batches and over ranks: "max" of numbers of at least 0, or "sum".
+        l2: whether it needs sums of squares.
+    """
+
+    fields: ClassVar[dict[str, Literal["channel", "segment"]]]
+    join: ClassVar[Literal["max", "sum"]]
+    l2: ClassVar[bool]
+
+    @abstractmethod
+    def merge_(self, kept: Mapping[str, Tensor], absmax: Tensor, sumsq: Tensor) -> None:
+        """Takes one more activation into a segment's tensors: absmax [N], sums of squares [sequences, N]."""
+
+    @abstractmethod
+    def value(self, kept: Mapping[str, Tensor], spread: Callable[[Tensor], Tensor]) -> Tensor:
+        """The magnitude of every channel; `spread` makes of a value for every segment one for every channel."""
+
+
+class Absmax(Statistic):
+    """The largest magnitude over all tokens."""
+
+    fields: ClassVar = {"absmax": "channel"}
+    join = "max"
+    l2 = False
+
+    def merge_(self, kept, absmax, sumsq):
+        torch.maximum(kept["absmax"], absmax, out=kept["absmax"])
+
+    def value(self, kept, spread):
+        return kept["absmax"]
+
+
+class L2(Statistic):
+    """The mean over sequences of the L2 norm over a sequence's tokens (LongAct, arXiv 2604.14922)."""
+
+    fields: ClassVar = {"l2_sum": "channel", "sequences": "segment"}
+    join = "sum"
+    l2 = True
+
+    def merge_(self, kept, absmax, sumsq):
+        kept["l2_sum"].add_(sumsq.sqrt().sum(0))
+        # A sequence of nothing but padding is no sequence.
+        kept["sequences"].add_((sumsq != 0).any(1).sum())
+
+    def value(self, kept, spread):
+        return kept["l2_sum"] / spread(kept["sequences"].clamp(min=1))
+
+
+STATISTICS: dict[str, Statistic] = {"absmax": Absmax(), "l2": L2()}
+
+
+class Running:
+    """What the activation of one segment is merged into."""
+
+    def __init__(self, statistic: Statistic, kept: Mapping[str, Tensor]):
+        self.statistic, self.kept = statistic, kept
+        self.l2 = statistic.l2
+
+    def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
+        self.statistic.merge_(self.kept, absmax, sumsq)
+
+
+class Measured:
+    """What was measured, the same on every rank.
+
+    Attributes:
+        value: fp32 [channels of all layers].
+        fed: bool [segments], which ones an activation reached on any rank.
+    """
+
+    def __init__(self, value: Tensor, fed: Tensor):
+        self.value, self.fed = value, fed
+
+
+class Statistics:
+    """Running statistics of all layers, of the batch under way and of the refresh period before it.
+
+    Each has one flat buffer: one all-reduce and one reset serve all layers.
+
+    Args:
+        statistic: what is measured.
+        sizes: how many channels each segment has.
+        source: int64 [channels of all layers], for each the place in the segments where it is measured; None where the
+            two have one order.
+        device: where they lie; see `move`.
+    """
+
+    def __init__(self, statistic: Statistic, sizes: list[int], source: Tensor | None, device: torch.device):
+        self.statistic, self.segments = statistic, len(sizes)
+        shapes = {
+            (field, segment): (size,) if per == "channel" else ()
+            for field, per in statistic.fields.items()
+            for segment, size in enumerate(sizes)
+        }
+        self.batch, self.period = Flat(shapes, device), Flat(shapes, device)
+        self.sizes = torch.tensor(sizes)
+        self.source = source
+        self.move(device)
+        self.channels = sum(sizes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.buffer.device
+
+    def move(self, device: torch.device) -> None:
+        for flat in (self.batch, self.period):
+            flat.move(device)
+        self.sizes = self.sizes.to(device) if device.type != "meta" else self.sizes
+        self.source = self.source if self.source is None or device.type == "meta" else self.source.to(device)
+
+    def running(self, segment: int) -> Running:
+        """What the activation of a segment is merged into."""
+        kept = {field: self.batch.parts[field, segment] for field in self.statistic.fields}
+        return Running(self.statistic, kept)
+
+    def commit(self, bad: Tensor | None) -> None:
+        """Makes the batch part of the period, unless the flag says that its numbers are bad, and starts another."""
+        batch, period = self.batch.buffer, self.period.buffer
+        if bad is not None:
+            batch.masked_fill_(bad != 0, 0)
+        if self.statistic.join == "max":
+            torch.maximum(period, batch, out=period)
+        else:
+            period.add_(batch)
+        batch.zero_()
+
+    def drop(self, segments: slice | None = None) -> None:
+        """Forgets the batch: all of it, or that of some segments."""
+        if segments is None:
+            self.batch.buffer.zero_()
+            return
+        for field in self.statistic.fields:
+            for segment in range(segments.start, segments.stop):
+                self.batch.parts[field, segment].zero_()
+
+    def measure(self, of: Literal["batch", "period"], all_reduce: Callable[[Tensor, str], None]) -> Measured:
+        """The magnitude of all layers' channels, over all ranks.
+
+        Args:
+            of: the batch under way, or the period.
+            all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
+        """
+        flat = self.batch if of == "batch" else self.period
+        # A copy: a rank's own numbers stay its own, to be joined again.
+        buffer = flat.buffer.clone()
+        if self.statistic.join == "max":
+            # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
+            all_reduce(buffer.view(torch.int32), "max")
+        else:
+            all_reduce(buffer, "sum")
+        widths = [self.channels if per == "channel" else self.segments for per in self.statistic.fields.values()]
+        kept = dict(zip(self.statistic.fields, buffer.split(widths), strict=True))
+        value = self.statistic.value(kept, self._spread)
+        first = kept[next(iter(self.statistic.fields))]
+        fed = torch.segment_reduce((first != 0).float(), "max", lengths=self.sizes) > 0
+        return Measured(value if self.source is None else value[self.source], fed)
+
+    def bad(self) -> Tensor:
+        """Bool [segments]: whether the batch has brought a NaN or Inf, on this rank."""
+        first = self.batch.buffer[: self.channels]
+        return torch.segment_reduce((~first.isfinite()).float(), "max", lengths=self.sizes) > 0
+
+    def _spread(self, of_segments: Tensor) -> Tensor:
+        return of_segments.repeat_interleave(self.sizes, output_size=self.channels)
+
+    def state(self, channels: slice, segments: slice) -> dict[str, Tensor]:
+        """A layer's part of the period, as views, by the names that they are saved under."""
+        widths = [self.channels if per == "channel" else self.segments for per in self.statistic.fields.values()]
+        return {
+            f"salient_{field}": part[channels if per == "channel" else segments]
+            for (field, per), part in zip(self.statistic.fields.items(), self.period.buffer.split(widths), strict=True)
+        }

@@ -1,0 +1,221 @@
+"""What a call of the model says about its tokens: which are padding, and where packed sequences begin.
+
+It belongs to that call: each activation is measured with the tokens of the call that made it, also where activation
+checkpointing makes it a second time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_MARK = "_longact_tokens"
+
+
+class Tokens:
+    """The tokens of a call.
+
+    Args:
+        mask: bool [B, T], False on padding; None where all tokens count. Longer than T where keys are cached.
+        positions: [B, T], a number for each token that does not grow where another sequence begins; or None.
+        cu_seqlens: int [sequences + 1], the bounds of packed sequences among the call's tokens; or None.
+        rows_only: the mask does not tell packed sequences apart.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rows_only: bool = False,
+    ):
+        self.mask, self.positions, self.cu_seqlens, self.rows_only = mask, positions, cu_seqlens, rows_only
+
+    def of(self, x: Tensor, l2: bool, name: str = "") -> tuple[Tensor | None, Tensor | None]:
+        """The mask and the bounds of sequences of an activation [..., T, N], for `channel_stats`.
+
+        With bounds, the activation is to be taken as [tokens, N], and so is the mask.
+
+        Args:
+            l2: whether sequences are to be told apart: where the largest magnitude is all that is asked, they need not.
+            name: of the layer, for the error.
+
+        Raises:
+            ValueError: if the activation has other tokens than the call.
+        """
+        mask = None if self.mask is None else self._fit(self.mask, x, name, "attention_mask")
+        if l2 and self.rows_only:
+            raise ValueError(
+                f"attention_mask: its form with a row for every query does not tell where sequences begin, which "
+                f"statistic='l2' asks ({name}); pass the [batch, tokens] mask, or position_ids or cu_seq_lens_q"
+            )
+        bounds = self.cu_seqlens
+        if bounds is None and l2 and self.positions is not None:
+            positions = self._fit(self.positions, x, name, "position_ids")
+            begins = torch.ones_like(positions, dtype=torch.bool)
+            begins[..., 1:] = positions[..., 1:] <= positions[..., :-1]
+            begins = begins.flatten()
+            begins[:: self.positions.shape[1]] = True
+            bounds = torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
+        return (mask if mask is None or bounds is None else mask.flatten()), bounds
+
+    @staticmethod
+    def _fit(told: Tensor, x: Tensor, name: str, what: str) -> Tensor:
+        """What is told of [B, T] tokens, for an activation of as many."""
+        tokens = x.shape[:-1]
+        if len(tokens) == 2 and told.shape[1] > tokens[1]:
+            told = told[:, -tokens[1] :]  # of cached keys and values too
+        if len(tokens) == 2 and len(told) == 1 and tokens[0] > 1:
+            told = told.expand(tokens[0], -1)  # positions that all rows share
+        if len(tokens) == 1 and told.numel() == tokens[0]:
+            told = told.flatten()
+        if told.shape != tokens:
+            raise ValueError(
+                f"{what}: tells of {list(told.shape)} tokens, but {name or 'the layer'} has an activation of "
+                f"{list(tokens)}; leave such a layer out with target_modules, or pass a mask that fits"
+            )
+        return told
+
+
+class Call:
+    """The model call under way, read by the layers.
+
+    Attributes:
+        tokens: what it says about its tokens.
+        told: whether the model has calls that say something.
+        unrecorded: whether a layer has run in it without gradients, to be repeated in backward.
+        begin: called when a call with gradients on begins that is not part of another.
+    """
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
+        self.tokens = Tokens()
+        self.told = False
+        self.unrecorded = False
+        self.depth = 0
+
+    def tokens_now(self) -> Tokens | None:
+        """The tokens of the activation that is being made; None: it is not to be measured (again)."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return self.tokens
+        # Inside backward, checkpointing repeats a block. The reentrant kind measures it now, for the call that left a
+        # mark on its node; the other kind has measured it.
+        marked = getattr(torch._C._current_autograd_node(), _MARK, None)
+        return marked if marked is not None or self.told else self.tokens
+
+
+class TellingForward:
+    """A model's `forward` that says what it knows of its tokens; an object, so that a copy of the model has its own."""
+
+    def __init__(self, module: nn.Module, call: Call):
+        self.module, self.call = module, call
+        self.own = module.__dict__.get("forward")  # somebody else's, in place of the class's
+        self.names = list(inspect.signature(self.__wrapped__).parameters)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """The forward as it was: also what `inspect.signature` shows."""
+        return self.own or type(self.module).forward.__get__(self.module)
+
+    def __call__(self, *args, **kwargs):
+        call = self.call
+        if not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        if call.depth == 0 and not torch.compiler.is_compiling():
+            call.begin()
+        outer = call.tokens
+        # Names by place, and not inspect.Signature.bind: torch.compile follows it.
+        call.tokens = _read({**dict(zip(self.names, args, strict=False)), **kwargs}, outer)
+        call.depth += 1
+        try:
+            outputs = self.__wrapped__(*args, **kwargs)
+            if call.unrecorded:
+                call.unrecorded = False
+                _mark(outputs, call.tokens)
+        finally:
+            call.depth -= 1
+            call.tokens = outer
+        return outputs
+
+
+def tell_tokens(model: nn.Module, call: Call) -> list[Callable[[], None]]:
+    """Has a language model, and the model it wraps, say what their calls know of tokens; returns what undoes it."""
+    undo = []
+    for module in model.modules():
+        names = list(inspect.signature(module.forward).parameters)
+        if "input_ids" in names and "attention_mask" in names:
+            call.told = True
+            telling = module.forward = TellingForward(module, call)  # type: ignore[method-assign]
+            undo.append(telling)
+    return [_Undo(telling) for telling in undo]
+
+
+class _Undo:
+    def __init__(self, telling: TellingForward):
+        self.telling = telling
+
+    def __call__(self) -> None:
+        module, own = self.telling.module, self.telling.own
+        if module.__dict__.get("forward") is not self.telling:
+            return  # somebody has wrapped it since: it goes on to say what nobody reads
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _read(said: Mapping[str, Any], outer: Tokens) -> Tokens:
+    """The tokens of a call from its arguments, and from those of the call that it is part of."""
+    positions, bounds = said.get("position_ids"), said.get("cu_seq_lens_q")
+    # Positions in three dimensions are those of pictures, and tell no sequences.
+    positions = positions if isinstance(positions, Tensor) and positions.ndim == 2 else outer.positions
+    bounds = outer.cu_seqlens if bounds is None else bounds
+    mask = said.get("attention_mask")
+    if isinstance(mask, Mapping) and outer.mask is None:
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None or (not (isinstance(mask, Tensor) and mask.ndim == 2) and outer.mask is not None):
+        # A wrapper has said it of the same tokens, or made another form of what it was told.
+        return Tokens(outer.mask, positions, bounds, outer.rows_only)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return Tokens(mask != 0, positions, bounds)
+    if isinstance(mask, Tensor) and mask.ndim in (3, 4):
+        return Tokens(_of_queries(mask), positions, bounds, rows_only=positions is None and bounds is None)
+    if outer.positions is not None or outer.cu_seqlens is not None or positions is not None or bounds is not None:
+        return Tokens(None, positions, bounds)
+    kind = f"{type(mask).__name__} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(
+        f"attention_mask: got a {kind}, which does not tell LongAct which tokens are padding; needed [batch, tokens] "
+        "with zeros on padding, or position_ids or cu_seq_lens_q beside it"
+    )
+
+
+def _of_queries(mask: Tensor) -> Tensor:
+    """The [B, keys] mask behind one that says for every query what it attends to, [B, (1 or heads,) queries, keys]."""
+    # Numbers are added to the scores: -10,000 or less where nothing is to be seen.
+    attends = mask > -9000 if mask.is_floating_point() else mask != 0
+    if attends.ndim == 4:
+        attends = attends.any(1)
+    # Queries of padding with nothing to attend to are often let attend to everything, what comes later too; the last
+    # query has nothing later. Where all attend to everything, there is no padding.
+    open_rows = attends.all(-1)
+    open_rows[:, -1] = False
+    return (attends & ~open_rows.unsqueeze(-1)).any(1)
+
+
+def _mark(outputs: Any, tokens: Tokens) -> None:
+    """Leaves a call's tokens on the nodes of its graph that may repeat a block in backward (reentrant checkpoints)."""
+    waiting = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or getattr(node, _MARK, None) is not None:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            setattr(node, _MARK, tokens)
+        waiting += [following for following, _ in node.next_functions]
