@@ -60,10 +60,12 @@ def training_step(model, backward: Callable, options: dict | None) -> Step:
         backward()
         kept["optimizer"].step()
         kept["optimizer"].zero_grad()
+        if options is not None:
+            kept["longact"].settle()
 
     held, _ = allocated(first_step)
-    compact = kept["longact"].grads if options is not None else None
-    accumulators = 0 if compact is None else compact.nbytes
+    compact = kept["longact"].accumulators if options is not None else None
+    accumulators = 0 if compact is None else compact.buffer.nbytes
     left, peak = allocated(backward)
     _, updating = allocated(kept["optimizer"].step)
     gradients = left + accumulators

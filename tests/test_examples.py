@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from conftest import tiny_model, tokens
+from models import tiny_model, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from longact_kernels import LongAct, SalientAdamW

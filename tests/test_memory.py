@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from bench.memory import steps
 

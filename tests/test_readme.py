@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from conftest import tiny_model, tokens
+from models import tiny_model, tokens
 
 from longact_kernels import SalientLinear
 

@@ -278,10 +278,10 @@ class LongAct:
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
             )
+        self._checked = True
 
     def _call_begins(self) -> None:
         if not self._checked:
-            self._checked = True
             self.check()
 
     # The batch
@@ -823,7 +823,10 @@ class LongAct:
         for undo in self._undo:
             undo()
         self.layers, self._undo = {}, []
-        return self.model
+        # Nothing goes round in a circle any more: the model is freed with its last name.
+        model, self.model = self.model, nn.Module()
+        self.call, self.batch = Call(_nothing), Batch(self.model, _nothing, _nothing)
+        return model
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -889,6 +892,10 @@ class LongAct:
         if self.config.grad == "compact":
             self._accumulate()
         self._connect()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _check_projections(projections: list[Projection]) -> None:

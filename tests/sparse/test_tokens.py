@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import tiny_model
+from models import tiny_model
 
 from longact_kernels.sparse.tokens import Call, Tokens, tell_tokens
 

@@ -21,7 +21,7 @@ from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.sparse.projections import Projection, find_projections
 from longact_kernels.sparse.rotary import rotary_pairs
 
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 RECURRENT = "has no attention: a recurrence in place of the softmax over tokens"
 SHARED = "shares one attention among layers, whose sets would be at odds"
@@ -203,7 +203,7 @@ every_family = pytest.mark.parametrize(
 @every_family
 def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
     found = find_projections(tiny.eval())
-    assert table_row(family, found) in PAGE.read_text(), f"docs/models.md: run python {Path(__file__).name}"
+    assert table_row(family, found) in PAGE.read_text(), f"docs/models.md: run python tests/sparse/{Path(__file__).name}"
     if family not in NO_WITNESS:
         ask_the_gradients(tiny, found, family)
 

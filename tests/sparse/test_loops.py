@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 

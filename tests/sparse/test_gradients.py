@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.functional import salient_linear

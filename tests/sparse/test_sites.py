@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 from torch.utils.checkpoint import checkpoint
 
 from longact_kernels import LongAct, SalientAdamW

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import tiny_model
+from models import tiny_model
 
 from longact_kernels import LongAct
 from longact_kernels.sparse.projections import find_projections
@@ -112,7 +112,7 @@ def test_target_modules_that_match_nothing_or_no_linear_layer():
 
 def test_a_vision_tower_stays_dense():
     import transformers
-    from conftest import SHAPE
+    from models import SHAPE
 
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8)
     config = transformers.LlavaConfig(

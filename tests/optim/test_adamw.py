@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.sparse.controller import salient_weights

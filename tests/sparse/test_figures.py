@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.sparse.figures import report_figure

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import backward, tiny_model, tokens
+from models import backward, tiny_model, tokens
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,9 +107,7 @@ def test_compact_gradients_of_sharded_weights_are_refused(by_layer, tmp_path):
             lambda: backward(model, tokens()),
             SalientAdamW(model.parameters()).step,
         ):
-            with pytest.raises(
-                ValueError, match=r"^grad: 'compact' keeps gradients of whole weights"
-            ):
+            with pytest.raises(ValueError, match=r"^grad: 'compact' keeps gradients of whole weights"):
                 train()
     finally:
         dist.destroy_process_group()
