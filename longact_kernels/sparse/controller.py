@@ -271,14 +271,18 @@ class LongAct:
                     f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
                     "before LongAct is made (they train densely beside it), or train without LongAct"
                 )
-        if self.config.grad == "compact" and any(is_sharded(layer.weight) for layer in self.layers.values()):
-            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+        self._check_whole()
         if not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
             raise RuntimeError(
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
             )
         self._checked = True
+
+    def _check_whole(self) -> None:
+        # FSDP's root puts its own weights together before the model's forward: only in a step do all show.
+        if self.config.grad == "compact" and any(is_sharded(layer.weight) for layer in self.layers.values()):
+            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
 
     def _call_begins(self) -> None:
         if not self._checked:
@@ -398,8 +402,7 @@ class LongAct:
         if any(stepped() is optimizer for stepped in self._stepped):
             self.settle()
         self.watch.look()
-        if not self._checked:
-            self.check()
+        self._check_whole() if self._checked else self.check()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
