@@ -203,9 +203,7 @@ every_family = pytest.mark.parametrize(
 @every_family
 def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
     found = find_projections(tiny.eval())
-    assert table_row(family, found) in PAGE.read_text(), (
-        f"run python tests/sparse/{Path(__file__).name}"
-    )
+    assert table_row(family, found) in PAGE.read_text(), f"run python tests/sparse/{Path(__file__).name}"
     if family not in NO_WITNESS:
         ask_the_gradients(tiny, found, family)
 
