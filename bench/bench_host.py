@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from longact_kernels import ops
+from longact_kernels import functional, ops
+from longact_kernels.ops import dispatch
 from longact_kernels.ops import sparse_adamw as adamw_op
 
 # q and k of 36 layers, as Qwen3-8B and Qwen3-4B have them; of small matrices, whose work nobody does.
@@ -67,4 +68,47 @@ def test_optimizer_call(race):
             check=lambda: None,
             bars={"ours": 0.19, "ours, gradients that move": 0.25},
             rounds=(50, 300),
+        )
+
+
+@contextmanager
+def projection_stubbed():
+    """No launch of the kernels that a projection takes part in."""
+    kernels = {
+        "channel_stats": ("channel_stats_partial", "channel_stats_merge"),
+        "salient_wgrad": ("pack_kernel", "scatter_kernel"),
+    }
+    with launches_stubbed(), pytest.MonkeyPatch.context() as patch:
+        for module, names in kernels.items():
+            for name in names:
+                patch.setattr(f"longact_kernels.csrc_triton.{module}.{name}", NoLaunch())
+        patch.setattr(dispatch, "runs_triton", lambda tensor: True)
+        yield
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_projection(race, compact):
+    """Forward and backward of one q_proj; a model has 72 such."""
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((1, 8, 64), (64, 64)))
+    rows, dy = torch.arange(0, 64, 3), torch.randn(1, 8, 64)
+    stats = functional.RunningStats(torch.zeros(64), torch.zeros(64), torch.zeros(()))
+    grad = torch.zeros(len(rows), 64) if compact else None
+
+    def ours():
+        functional.salient_linear(x, weight, None, rows, stats, grad=grad).backward(dy)
+        x.grad = weight.grad = None
+
+    def linear():
+        torch.nn.functional.linear(x, weight).backward(dy)
+        x.grad = weight.grad = None
+
+    with projection_stubbed():
+        race(
+            "projection with statistics, host",
+            "compact gradient" if compact else "whole gradient",
+            {"ours": ours, "F.linear": linear},
+            peer="F.linear",
+            check=lambda: None,
+            bars={"ours": 1.6},
+            rounds=(100, 1000),
         )

@@ -58,11 +58,11 @@ def channel_stats_partial(
     y_ptr,  # [B, T, N], or [T, N] if packed; 1 between channels
     mask_ptr,  # uint8 [B, T] or None
     cu_seqlens_ptr,  # int32 or int64 [B + 1] or None
-    absmax_ptr,  # int32 [pieces, N]: the bits of fp32 values
-    sumsq_ptr,  # fp32 [pieces, N]
+    partial_ptr,  # fp32 [2, pieces, N]: absmax, sums of squares
     B,
     T,
     N,
+    pieces,
     chunk,
     chunks,  # pieces a sequence, if not packed
     stride_yb,
@@ -114,21 +114,21 @@ def channel_stats_partial(
         absmax = tl.maximum(absmax, tl.max(tl.reshape(bits, (UNROLL, BLOCK_M, BLOCK_N)), 0))
         sumsq += tl.sum(tl.reshape(y * y, (UNROLL, BLOCK_M, BLOCK_N)), 0)
 
-    out = piece.to(tl.int64) * N + offs_n
-    tl.store(absmax_ptr + out, tl.max(absmax, 0), mask=offs_n < N)
-    tl.store(sumsq_ptr + out, tl.sum(sumsq, 0), mask=offs_n < N)
+    absmax_ptrs = partial_ptr + piece.to(tl.int64) * N + offs_n
+    sumsq_ptrs = partial_ptr + (pieces + piece.to(tl.int64)) * N + offs_n
+    tl.store(absmax_ptrs, tl.max(absmax, 0).to(tl.float32, bitcast=True), mask=offs_n < N)
+    tl.store(sumsq_ptrs, tl.sum(sumsq, 0), mask=offs_n < N)
 
 
 @triton.jit
 def channel_stats_merge(
-    partial_absmax_ptr,  # int32 [pieces, N]
-    partial_sumsq_ptr,  # fp32 [pieces, N]
+    partial_ptr,  # fp32 [2, pieces, N]
     cu_seqlens_ptr,  # int32 or int64 [B + 1] or None
-    absmax_ptr,  # int32 [N]: the bits of fp32 values
+    absmax_ptr,  # fp32 [N]
     sumsq_ptr,  # fp32 [B, N]
-    pieces,
     T,
     N,
+    pieces,
     chunk,
     chunks,
     BLOCK_P: tl.constexpr,
@@ -140,10 +140,10 @@ def channel_stats_merge(
         absmax = tl.zeros([BLOCK_P, BLOCK_N], tl.int32)
         for p in range(0, pieces, BLOCK_P):
             offs_p = p + tl.arange(0, BLOCK_P)
-            ptrs = partial_absmax_ptr + offs_p.to(tl.int64)[:, None] * N + offs_n[None, :]
-            part = tl.load(ptrs, mask=(offs_p < pieces)[:, None] & (offs_n < N)[None, :], other=0)
-            absmax = tl.maximum(absmax, part)
-        tl.store(absmax_ptr + offs_n, tl.max(absmax, 0), mask=offs_n < N)
+            ptrs = partial_ptr + offs_p.to(tl.int64)[:, None] * N + offs_n[None, :]
+            part = tl.load(ptrs, mask=(offs_p < pieces)[:, None] & (offs_n < N)[None, :], other=0.0)
+            absmax = tl.maximum(absmax, part.to(tl.int32, bitcast=True))
+        tl.store(absmax_ptr + offs_n, tl.max(absmax, 0).to(tl.float32, bitcast=True), mask=offs_n < N)
     else:  # sum of squares of one sequence, over its pieces
         sequence = row - 1
         if cu_seqlens_ptr is None:
@@ -156,7 +156,7 @@ def channel_stats_merge(
         sumsq = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         for p in range(first, last, BLOCK_P):
             offs_p = p + tl.arange(0, BLOCK_P)
-            ptrs = partial_sumsq_ptr + offs_p.to(tl.int64)[:, None] * N + offs_n[None, :]
+            ptrs = partial_ptr + (pieces + offs_p.to(tl.int64))[:, None] * N + offs_n[None, :]
             sumsq += tl.load(ptrs, mask=(offs_p < last)[:, None] & (offs_n < N)[None, :], other=0.0)
         tl.store(sumsq_ptr + sequence.to(tl.int64) * N + offs_n, tl.sum(sumsq, 0), mask=offs_n < N)
 
@@ -168,12 +168,12 @@ def variants() -> list[Variant]:
         given = {"mask_ptr": "*u8"} if masked else {}
         given |= {"cu_seqlens_ptr": "*i32"} if packed else {}
         absent = {"mask_ptr": None, "cu_seqlens_ptr": None}
-        divisible = ("y_ptr", "absmax_ptr", "sumsq_ptr", "N", "stride_yb", "stride_ym") if aligned else ()
+        divisible = ("y_ptr", "partial_ptr", "N", "stride_yb", "stride_ym") if aligned else ()
         divisible += ("chunk",)
         words = (["masked"] if masked else []) + (["packed"] if packed else []) + ([] if aligned else ["unaligned"])
         for dtype, targets in itertools.product(("bf16", "fp16", "fp32"), TARGETS):
-            types = {"y_ptr": f"*{dtype}", "absmax_ptr": "*i32", "sumsq_ptr": "*fp32", **given}
-            types |= dict.fromkeys(("B", "T", "N", "chunk", "chunks", "stride_yb", "stride_ym"), "i32")
+            types = {"y_ptr": f"*{dtype}", "partial_ptr": "*fp32", **given}
+            types |= dict.fromkeys(("B", "T", "N", "pieces", "chunk", "chunks", "stride_yb", "stride_ym"), "i32")
             constants = partial_config(targets[0], 4 if dtype == "fp32" else 2, aligned)
             num_warps = constants.pop("num_warps")
             constants |= {name: None for name in absent if name not in given}
@@ -192,11 +192,10 @@ def variants() -> list[Variant]:
                 )
             )
         if not masked:
-            types = dict.fromkeys(("partial_absmax_ptr", "absmax_ptr"), "*i32")
-            types |= dict.fromkeys(("partial_sumsq_ptr", "sumsq_ptr"), "*fp32") | given
-            types |= dict.fromkeys(("pieces", "T", "N", "chunk", "chunks"), "i32")
+            types = dict.fromkeys(("partial_ptr", "absmax_ptr", "sumsq_ptr"), "*fp32") | given
+            types |= dict.fromkeys(("T", "N", "pieces", "chunk", "chunks"), "i32")
             constants = {name: MERGE[name] for name in ("BLOCK_P", "BLOCK_N")}
-            pointers = ("partial_absmax_ptr", "partial_sumsq_ptr", "absmax_ptr", "sumsq_ptr", "N")
+            pointers = ("partial_ptr", "absmax_ptr", "sumsq_ptr", "N")
             found.append(
                 Variant(
                     kernel="channel_stats",

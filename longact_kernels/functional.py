@@ -49,9 +49,13 @@ class RunningStats(NamedTuple):
         """Takes in the statistics of one more activation, as `channel_stats` returns them."""
         torch.maximum(self.absmax, absmax, out=self.absmax)
         if self.l2_sum is not None and self.sequences is not None:
-            self.l2_sum.add_(sumsq.sqrt().sum(0))
             # A sequence of nothing but padding is no sequence.
-            self.sequences.add_((sumsq != 0).any(1).sum())
+            if len(sumsq) == 1:
+                self.l2_sum.add_(sumsq[0].sqrt())
+                self.sequences.add_(sumsq.any())
+            else:
+                self.l2_sum.add_(sumsq.sqrt().sum(0))
+                self.sequences.add_(sumsq.any(1).sum())
 
 
 class _Observe(torch.autograd.Function):
@@ -147,7 +151,7 @@ class _Project(torch.autograd.Function):
         # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
         # from, would otherwise count as well.
         index = target.begin(ctx.measured)
-        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dy2, x2 = (t if t.ndim == 2 else t.reshape(-1, t.shape[-1]) for t in (dy, x))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = (dy2 @ (weight.t() if transposed else weight)).view(x.shape)

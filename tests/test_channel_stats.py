@@ -204,13 +204,16 @@ far = pytest.mark.skipif(not INTERPRETED, reason="runs single programs on a spar
 FAR = 2**31 + 2**10
 
 
-def partial(index, y, mask, bounds, sizes):
+def partial(index, y, mask, bounds, B, T, chunk, chunks, strides):
+    """absmax and sum of squares that one program finds in the first of 16 channels."""
     from longact_kernels.csrc_triton.channel_stats import channel_stats_partial, partial_config
 
-    absmax, sumsq = torch.empty(6, 16, dtype=torch.int32), torch.empty(6, 16)
-    with program(*index):
-        channel_stats_partial[(1, 1)](y, mask, bounds, absmax, sumsq, *sizes, **partial_config("sm_90", 2, True))
-    return absmax[index[0]].view(torch.float32)[0].item(), sumsq[index[0]][0].item()
+    found = torch.empty(2, 6, 16)
+    with program(index, 0):
+        channel_stats_partial[(1, 1)](
+            y, mask, bounds, found, B, T, 16, 6, chunk, chunks, *strides, **partial_config("sm_90", 2, True)
+        )
+    return tuple(found[:, index, 0].tolist())
 
 
 @far
@@ -223,14 +226,14 @@ def test_tokens_far_apart(packed):
     # All tokens in one piece, which is longer than a tile; and 40 in each of two, the second beyond 2^31.
     for piece, chunk, tokens in ((0, T, range(T)), (1, 40, range(40, T))):
         wanted = T - 1, sum(t * t for t in tokens)
-        assert partial((piece, 0), y.at(0), None, bounds, (1, T, 16, chunk, T // chunk, 0, stride)) == wanted
+        assert partial(piece, y.at(0), None, bounds, 1, T, chunk, T // chunk, (0, stride)) == wanted
 
 
 @far
 def test_sequences_far_apart():
     y, stride = SparseMemory(3 * 2**30, torch.bfloat16), 2**30 + 16
     y.at(2 * stride, 16).fill_(3.0)
-    assert partial((2, 0), y.at(0), None, None, (3, 1, 16, 16, 1, stride, 16)) == (3.0, 9.0)
+    assert partial(2, y.at(0), None, None, 3, 1, 16, 1, (stride, 16)) == (3.0, 9.0)
 
 
 @far
@@ -238,7 +241,7 @@ def test_a_mask_of_many_tokens():
     mask, T, y = SparseMemory(FAR + 2**30, torch.uint8), 2**30 + 8, torch.full((16,), 2.0)
     mask.at(3 * T - 3).fill_(1)
     # The last tokens of the third sequence; all tokens are one and the same in memory.
-    assert partial((5, 0), y, mask.at(0), None, (3, T, 16, T - 8, 2, 0, 0)) == (2.0, 4.0)
+    assert partial(5, y, mask.at(0), None, 3, T, T - 8, 2, (0, 0)) == (2.0, 4.0)
 
 
 @far
@@ -250,21 +253,17 @@ def test_partial_results_far_apart():
         partial_config,
     )
 
-    N, piece = 2**20, 2**11 + 1
-    y = torch.arange(64.0)
-    absmax, sumsq = SparseMemory(piece * N + N, torch.int32), SparseMemory(piece * N + N, torch.float32)
-    with program(piece, 0):
-        sizes = (piece + 1, 1, N, 16, 1, 0, 0)
+    # The last of so many pieces, each of them one sequence of one token.
+    N, pieces, y = 2**20, 2**11 + 2, torch.arange(64.0)
+    found, sums, absmax = *(SparseMemory(n * pieces * N, torch.float32) for n in (2, 1)), torch.empty(64)
+    last = pieces - 1
+    with program(last, 0):
         channel_stats_partial[(1, 1)](
-            y, None, None, absmax.at(0), sumsq.at(0), *sizes, **partial_config("sm_90", 2, True)
+            y, None, None, found.at(0), pieces, 1, N, pieces, 16, 1, 0, 0, **partial_config("sm_90", 2, True)
         )
-    assert absmax.at(piece * N, 64).view(torch.float32).tolist() == y.tolist()
-    assert sumsq.at(piece * N, 64).tolist() == y.square().tolist()
-
-    merged_max, merged_sums = torch.empty(64, dtype=torch.int32), SparseMemory(piece * N + N, torch.float32)
-    for row in (0, piece + 1):
+    assert torch.equal(found.at(last * N, 64), y)
+    assert torch.equal(found.at((pieces + last) * N, 64), y.square())
+    for row in (0, pieces):
         with program(row, 0):
-            sizes = (piece + 1, 1, N, 16, 1)
-            channel_stats_merge[(1, 1)](absmax.at(0), sumsq.at(0), None, merged_max, merged_sums.at(0), *sizes, **MERGE)
-    assert merged_max.view(torch.float32).tolist() == y.tolist()
-    assert merged_sums.at(piece * N, 64).tolist() == y.square().tolist()
+            channel_stats_merge[(1, 1)](found.at(0), None, absmax, sums.at(0), 1, N, pieces, 16, 1, **MERGE)
+    assert torch.equal(absmax, y) and torch.equal(sums.at(last * N, 64), y.square())

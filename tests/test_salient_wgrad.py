@@ -187,11 +187,12 @@ far = pytest.mark.skipif(not interpreted(), reason="runs single programs on a sp
 def test_packed_tokens_beyond_two_to_the_31_elements():
     from longact_kernels.csrc_triton.salient_wgrad import PACK_CONFIG, pack_kernel
 
-    M, P, x = 2**27 + 16, 16, randn(1, 32, dtype=torch.bfloat16)
-    rows, packed = some(32, 16), SparseMemory(M * P, torch.bfloat16)
+    M, P, x = 2**27 + 16, 16, randn(1, 64, dtype=torch.bfloat16)
+    # The last one is none of the 32 channels.
+    rows, packed = torch.cat([some(32, 15), torch.tensor([40])]), SparseMemory(M * P, torch.bfloat16)
     with program(M // PACK_CONFIG["BLOCK_M"] - 1, 0):
         pack_kernel[(1, 1)](x, rows, packed.at(0), M, 32, 16, P, 0, **PACK_CONFIG)
-    assert torch.equal(packed.at((M - 1) * P, P), x[0, rows])
+    assert torch.equal(packed.at((M - 1) * P, P), torch.where(rows < 32, x[0, rows], 0))
 
 
 @far
@@ -244,6 +245,16 @@ def test_is_a_well_formed_operator(axis, compact):
     torch.library.opcheck(torch.ops.longact.salient_wgrad.default, (dy, x, rows, axis, compact))
     out = ops.salient_wgrad(dy, x, rows, axis, compact)
     torch.library.opcheck(torch.ops.longact.salient_wgrad_.default, (out, dy, x, rows, axis, compact, True))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_gradient_written_to_is_a_newer_version(grad):
+    dy, x, rows = randn(20, 6), randn(20, 8, seed=1), some(6, 3)
+    out = torch.zeros(6, 8, device=DEVICE)
+    before = out._version
+    with torch.set_grad_enabled(grad):
+        ops.salient_wgrad(dy, x, rows, out=out)
+    assert out._version > before
 
 
 @pytest.mark.skipif(interpreted(), reason="the same without the interpreter")

@@ -1,10 +1,12 @@
 """`longact::channel_stats`: absmax and per-sequence sums of squares of an activation, from one read."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from longact_kernels.ops.device import target
-from longact_kernels.ops.dispatch import implementation
+from longact_kernels.ops.dispatch import implementation, library, runs_at_once
 from longact_kernels.reference.channel_stats import channel_stats as _reference
 
 
@@ -44,20 +46,19 @@ def channel_stats(
         raise ValueError(f"cu_seqlens: goes with packed y of shape [tokens, N], got y {list(y.shape)}")
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]")
-    return _channel_stats(y, mask, cu_seqlens, l2)
-
-
-@torch.library.custom_op("longact::channel_stats", mutates_args=())
-def _channel_stats(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    run = _run if runs_at_once(y) else torch.ops.longact.channel_stats.default
     return run(y, mask, cu_seqlens, l2)
 
 
-def run(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    """What the op does: also for another op, whose arguments have been checked, to take part in."""
+library.define("channel_stats(Tensor y, Tensor? mask, Tensor? cu_seqlens, bool l2) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(library, "channel_stats", "CompositeExplicitAutograd")
+def _run(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
     return implementation("channel_stats", y, _kernel, _reference)(y, mask, cu_seqlens, l2)
 
 
-@_channel_stats.register_fake
+@torch.library.register_fake("longact::channel_stats")
 def _(y, mask, cu_seqlens, l2):
     N = y.shape[-1]
     B = _sequences(y, cu_seqlens) if l2 else 0
@@ -69,35 +70,42 @@ def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    from longact_kernels.csrc_triton.channel_stats import (
-        MERGE,
-        channel_stats_merge,
-        channel_stats_partial,
-        chunk_of,
-        partial_config,
-    )
+    from longact_kernels.csrc_triton import channel_stats as kernels
 
     B, N, T = _sequences(y, cu_seqlens), y.shape[-1], y.shape[-2] if y.ndim > 1 else 1
-    chunk = chunk_of(T if cu_seqlens is not None else B * T, N)
-    chunks = -(-T // chunk)
-    # Every bound between two packed sequences may cut a piece in two.
-    pieces = B * chunks if cu_seqlens is None else chunks + B - 1 if B and T else 0
-    absmax = y.new_empty(N, dtype=torch.int32)
+    absmax = y.new_empty(N, dtype=torch.float32)
     sumsq = y.new_empty((B if l2 else 0, N), dtype=torch.float32)
-    if pieces == 0 or N == 0:
-        return absmax.zero_().view(torch.float32), sumsq.zero_()
+    if 0 in (B, T, N):
+        return absmax.zero_(), sumsq.zero_()
 
-    y = (y if y.stride(-1) == 1 else y.contiguous()).reshape(-1, T, N)
+    y = y if y.stride(-1) == 1 else y.contiguous()
+    y = y if y.ndim == 3 or (B == 1 and y.ndim == 2) else y.reshape(-1, T, N)
+    stride_yb, stride_ym = y.stride(0), y.stride(-2)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    is_aligned = y.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (N, y.stride(0), y.stride(1)))
-    config = partial_config(target(y.device), y.itemsize, is_aligned)
-    partial_absmax = y.new_empty((pieces, N), dtype=torch.int32)
-    partial_sumsq = y.new_empty((pieces, N), dtype=torch.float32)
-    channel_stats_partial[(pieces, -(-N // config["BLOCK_N"]))](
-        y, mask, cu_seqlens, partial_absmax, partial_sumsq, B, T, N, chunk, chunks, y.stride(0), y.stride(1), **config
+    is_aligned = y.data_ptr() % 16 == 0 and N % 16 == stride_yb % 16 == stride_ym % 16 == 0
+    chunk, chunks, pieces, blocks, config = _launch(
+        target(y.device), y.itemsize, is_aligned, cu_seqlens is not None, B, T, N
     )
-    channel_stats_merge[(1 + len(sumsq), -(-N // MERGE["BLOCK_N"]))](
-        partial_absmax, partial_sumsq, cu_seqlens, absmax, sumsq, pieces, T, N, chunk, chunks, **MERGE
+    partial = y.new_empty((2, pieces, N), dtype=torch.float32)
+    kernels.channel_stats_partial[(pieces, blocks)](
+        y, mask, cu_seqlens, partial, B, T, N, pieces, chunk, chunks, stride_yb, stride_ym, **config
     )
-    return absmax.view(torch.float32), sumsq
+    kernels.channel_stats_merge[(1 + B if l2 else 1, blocks)](
+        partial, cu_seqlens, absmax, sumsq, T, N, pieces, chunk, chunks, **kernels.MERGE
+    )
+    return absmax, sumsq
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    target: str, itemsize: int, aligned: bool, packed: bool, B: int, T: int, N: int
+) -> tuple[int, int, int, int, dict[str, int]]:
+    """Tokens of a piece, pieces of an unpacked sequence and of all, blocks of channels, and the tile."""
+    from longact_kernels.csrc_triton import channel_stats as kernels
+
+    chunk = kernels.chunk_of(T if packed else B * T, N)
+    chunks = -(-T // chunk)
+    # Every bound between two packed sequences may cut a piece in two.
+    pieces = chunks + B - 1 if packed else B * chunks
+    return chunk, chunks, pieces, -(-N // kernels.BLOCK_N), kernels.partial_config(target, itemsize, aligned)

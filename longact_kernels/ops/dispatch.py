@@ -25,6 +25,19 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# Ops are defined here and not by `torch.library.custom_op`, which adds tens of microseconds to a call.
+library = torch.library.Library("longact", "FRAGMENT")
+
+
+def runs_at_once(tensor: Tensor) -> bool:
+    """Whether a call may pass over PyTorch's dispatcher, which takes as long as all else that the host does for it.
+
+    It may not where somebody traces, or would record a graph of the call.
+    """
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Whether a tensor's device runs the Triton kernels: CUDA and ROCm, or any under the interpreter."""
     return (tensor.is_cuda or interpreted()) and _has_triton()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops import impl_table
-from longact_kernels.ops.channel_stats import run as channel_stats
+from longact_kernels.ops.channel_stats import _run as channel_stats
 from longact_kernels.ops.device import matmul_precision, target
-from longact_kernels.ops.dispatch import launch, runs_triton
+from longact_kernels.ops.dispatch import launch, library, runs_at_once, runs_triton
 
 # The smallest magnitude that rounds to infinity.
 _OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119}
@@ -74,11 +74,18 @@ def linear_stats(
         raise ValueError(
             f"impl: 'fused' needs tensors on a CUDA or ROCm GPU and triton, got {x.device}; use impl='auto'"
         )
-    return _linear_stats(x, weight, bias, mask, cu_seqlens, l2, impl)
+    run = _run if runs_at_once(x) else torch.ops.longact.linear_stats.default
+    return run(x, weight, bias, mask, cu_seqlens, l2, impl)
 
 
-@torch.library.custom_op("longact::linear_stats", mutates_args=())
-def _linear_stats(
+library.define(
+    "linear_stats(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? cu_seqlens, bool l2, str impl)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(library, "linear_stats", "CompositeExplicitAutograd")
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if (_choose(x, weight, cu_seqlens) if impl == "auto" else impl) == "fused":
@@ -87,7 +94,7 @@ def _linear_stats(
     return y, *channel_stats(y, mask, cu_seqlens, l2)
 
 
-@_linear_stats.register_fake
+@torch.library.register_fake("longact::linear_stats")
 def _(x, weight, bias, mask, cu_seqlens, l2, impl):
     N = weight.shape[0]
     if not l2:

@@ -1,11 +1,12 @@
 """`longact::salient_wgrad`: the weight gradient of the salient rows or columns only."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.dispatch import implementation
+from longact_kernels.ops.dispatch import implementation, library, runs_at_once
 from longact_kernels.reference.salient_wgrad import salient_wgrad as _reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +65,8 @@ def salient_wgrad(
     if accumulate and out is None:
         raise ValueError("accumulate: needs `out`, the gradient to add to")
     if out is None:
-        dw = _salient_wgrad(dy, x, rows, axis, compact)
+        run = _run if runs_at_once(dy) else torch.ops.longact.salient_wgrad.default
+        dw = run(dy, x, rows, axis, compact)
     else:
         shape = [dy.shape[1], x.shape[1]]
         if compact:
@@ -75,17 +77,24 @@ def salient_wgrad(
                 f"out: got {out.dtype} {list(out.shape)} with strides {out.stride()}, "
                 f"needed {dtype} {shape} with rows contiguous"
             )
-        _salient_wgrad_(out, dy, x, rows, axis, compact, accumulate)
+        write = _write if runs_at_once(out) else torch.ops.longact.salient_wgrad_.default
+        write(out, dy, x, rows, axis, compact, accumulate)
         dw = out
     return (dw, dy.sum(0)) if bias else dw
 
 
-@torch.library.custom_op("longact::salient_wgrad", mutates_args=())
-def _salient_wgrad(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool) -> Tensor:
-    return _run(dy, x, rows, axis, compact, None, False)
+library.define("salient_wgrad(Tensor dy, Tensor x, Tensor rows, str axis, bool compact) -> Tensor")
+library.define(
+    "salient_wgrad_(Tensor(a!) out, Tensor dy, Tensor x, Tensor rows, str axis, bool compact, bool accumulate) -> ()"
+)
 
 
-@_salient_wgrad.register_fake
+@torch.library.impl(library, "salient_wgrad", "CompositeExplicitAutograd")
+def _run(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool) -> Tensor:
+    return _implementation(dy)(dy, x, rows, axis, compact, None, False)
+
+
+@torch.library.register_fake("longact::salient_wgrad")
 def _(dy, x, rows, axis, compact):
     if not compact:
         return dy.new_empty(dy.shape[1], x.shape[1])
@@ -93,16 +102,19 @@ def _(dy, x, rows, axis, compact):
     return dy.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("longact::salient_wgrad_", mutates_args=("out",))
-def _salient_wgrad_(
-    out: Tensor, dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, accumulate: bool
-) -> None:
-    _run(dy, x, rows, axis, compact, out, accumulate)
+@torch.library.impl(library, "salient_wgrad_", "CompositeExplicitAutograd")
+def _write(out: Tensor, dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, accumulate: bool) -> None:
+    _implementation(dy)(dy, x, rows, axis, compact, out, accumulate)
+    torch.autograd.graph.increment_version(out)
 
 
-def _run(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool) -> Tensor:
-    run = _reference if dy.dtype not in _FLOATS else implementation("salient_wgrad", dy, _kernels, _reference)
-    return run(dy, x, rows, axis, compact, out, accumulate)
+@torch.library.register_fake("longact::salient_wgrad_")
+def _(out, dy, x, rows, axis, compact, accumulate):
+    return None
+
+
+def _implementation(dy: Tensor) -> Callable[..., Tensor]:
+    return _reference if dy.dtype not in _FLOATS else implementation("salient_wgrad", dy, _kernels, _reference)
 
 
 def _kernels(
