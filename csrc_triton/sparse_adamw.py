@@ -4,7 +4,8 @@ A program owns BLOCK_C channels of one weight and goes along them BLOCK elements
 table of addresses and sizes, one line a weight, because a launch cannot take hundreds of pointers.
 
 Salient rows cost their share of a dense step's memory traffic. Salient columns lie scattered through every row: at 30%
-nearly every 32-byte sector of a weight, gradient or whole state holds one, and only compact states save traffic.
+nearly every half-line of 64 bytes, which is what a load fills, of a weight, gradient or whole state holds one, and only
+compact states save traffic.
 """
 
 import itertools

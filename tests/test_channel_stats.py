@@ -177,7 +177,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 @pytest.mark.parametrize("masked", [False, True])
 def test_bytes_moved_are_those_of_the_roofline(masked):
-    from longact_kernels.budgets import channel_stats_work
+    from longact_kernels.compiled.rooflines import channel_stats_work
 
     y = torch.randn(1, 512, 128).bfloat16()
     mask = torch.ones(1, 512, dtype=torch.bool) if masked else None

@@ -7,22 +7,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-from longact_kernels import budgets
 from longact_kernels.commands import kernels
+from longact_kernels.compiled import assembly, budgets, rooflines, variants
+from longact_kernels.compiled.targets import GPUS, TARGETS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-VARIANTS = list(budgets.variants())
+VARIANTS = list(variants.variants())
 
 
-@pytest.mark.parametrize("target", budgets.TARGETS)
-@pytest.mark.parametrize("kernel", budgets.KERNELS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", variants.KERNELS)
 def test_compiles_within_the_budgets(kernel, target):
-    limits = budgets.TARGETS[target]
+    limits = TARGETS[target]
     wrong = []
     for variant in VARIANTS:
-        if variant.kernel != kernel or target not in (variant.targets or budgets.TARGETS):
+        if variant.kernel != kernel or target not in (variant.targets or TARGETS):
             continue
         b = budgets.budget(variant, target)
         fits = b.spills == 0 and b.shared <= limits.max_shared
@@ -37,12 +38,12 @@ def test_compiles_within_the_budgets(kernel, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.main and v.memory_bound], ids=lambda v: v.label)
 def test_issues_its_instructions_in_half_the_memory_time(variant, target):
-    loop = budgets.main_loop(budgets.compile_variant(variant, target))
-    for name, gpu in budgets.GPUS.items():
+    loop = assembly.main_loop(variants.compile_variant(variant, target))
+    for name, gpu in GPUS.items():
         if gpu.target == target:
-            assert budgets.issue_share(loop, gpu) <= 0.5, name
+            assert assembly.issue_share(loop, gpu) <= 0.5, name
     if variant.aligned:
-        assert budgets.wide_share(loop, index="index_ptr" in variant.types) >= 0.9
+        assert assembly.wide_share(loop, index="index_ptr" in variant.types) >= 0.9
 
 
 def test_labels_are_unique():
@@ -51,33 +52,37 @@ def test_labels_are_unique():
 
 
 def test_occupancy():
-    h100 = budgets.TARGETS["sm_90"]
+    h100 = TARGETS["sm_90"]
     # CUDA's occupancy calculator: 64 registers leave 32 of 64 warps, 65 leave 28; 100 KiB leave 2 programs of 4 warps.
-    assert budgets._occupancy(h100, 64, 0, 4) == 0.5
-    assert budgets._occupancy(h100, 65, 0, 4) == 28 / 64
-    assert budgets._occupancy(h100, 32, 100 * 1024, 4) == 8 / 64
+    assert budgets.occupancy(h100, 64, 0, 4) == 0.5
+    assert budgets.occupancy(h100, 65, 0, 4) == 28 / 64
+    assert budgets.occupancy(h100, 32, 100 * 1024, 4) == 8 / 64
 
 
 def test_the_table_and_its_json(monkeypatch, capsys):
     listed = kernels.rows(None)
-    assert {(v.kernel, target) for v, target in listed} == {(k, t) for k in budgets.KERNELS for t in budgets.TARGETS}
-    assert len(kernels.rows("sm_90")) > len(listed) / len(budgets.TARGETS)
+    assert {(v.kernel, target) for v, target in listed} == {(k, t) for k in variants.KERNELS for t in TARGETS}
+    assert len(kernels.rows("sm_90")) > len(listed) / len(TARGETS)
     monkeypatch.setattr(kernels, "rows", lambda target: listed[:1])
     assert kernels.main(["--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["compiled"][0]["registers"] > 0
-    assert {p["gpu"] for p in answer["predicted"]} == set(budgets.GPUS)
+    assert {p["gpu"] for p in answer["predicted"]} == set(GPUS)
     assert kernels.main([]) == 0
     assert "Predicted, not measured" in capsys.readouterr().out
 
 
 def test_predicted_costs_are_what_the_design_expects():
-    h100, work = budgets.GPUS["H100"], budgets.channel_stats_work(32768, 4096, 2)
+    h100, work = GPUS["H100"], rooflines.channel_stats_work(32768, 4096, 2)
     projection = 2 * 32768 * 4096 * 4096 / h100.flops
     assert work.seconds(h100) <= 0.07 * projection
     assert work.roofline(h100) >= 0.99
-    salient = budgets.sparse_adamw_work(1229, 4096, 2, master=True)
-    assert salient.moved <= 0.31 * budgets.sparse_adamw_work(4096, 4096, 2, master=True).minimum
+    salient = rooflines.sparse_adamw_work(1229, 4096, 2, master=True)
+    whole, compact = (rooflines.sparse_adamw_columns_work(4096, 4096, 1229, 2, form) for form in (False, True))
+    # bf16 beside fp32 moments and masters: a dense step's 28 bytes an element; compact, 30% of 26 and all of 2.
+    assert whole.moved == pytest.approx(28 * 4096 * 4096, rel=0.02)
+    assert compact.moved == pytest.approx((0.3 * 26 + 2) * 4096 * 4096, rel=0.01)
+    assert salient.moved <= 0.31 * rooflines.sparse_adamw_work(4096, 4096, 2, master=True).minimum
 
 
 def test_an_unknown_target_is_refused(refused):

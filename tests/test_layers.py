@@ -17,7 +17,7 @@ LAYERS = [
     {"functional"},
     {"sparse"},
     {"optim"},
-    {"budgets"},
+    {"compiled"},
     {"integrations"},
     {"tasks"},
     {"commands"},

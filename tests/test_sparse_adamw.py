@@ -352,7 +352,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.skipif(not INTERPRETED, reason="counts the accesses of interpreted kernels")
 @pytest.mark.parametrize("dtype, master", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)])
 def test_bytes_moved_are_the_least(dtype, master):
-    from longact_kernels.budgets import sparse_adamw_work
+    from longact_kernels.compiled.rooflines import sparse_adamw_work
 
     case = Case([(64, 2048, 6), (32, 2048, 4)], dtype, master=master)
     with count_bytes() as moved:

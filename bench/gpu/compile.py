@@ -5,14 +5,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from bench.gpu.stage import Stage
-from longact_kernels import budgets
+from longact_kernels.compiled.targets import TARGETS
+from longact_kernels.compiled.variants import compile_variant, variants
 
 PROCESSES = 14
 
 
 def run(stage: Stage) -> int:
     target = "sm_90" if stage.dry else this_gpu()
-    every = [i for i, variant in enumerate(budgets.variants()) if target in (variant.targets or budgets.TARGETS)]
+    every = [i for i, variant in enumerate(variants()) if target in (variant.targets or TARGETS)]
     chosen = every[:: len(every) // 3] if stage.dry else every
     began, failed = time.monotonic(), 0
     # A forked process would share this one's state of CUDA.
@@ -37,10 +38,10 @@ def this_gpu() -> str:
 
 def compile_one(i: int, target: str) -> tuple[str, str]:
     """Compiles a variant, which is named by its place, and returns its label and the error if there was one."""
-    variant = list(budgets.variants())[i]
+    variant = list(variants())[i]
     label = f"{variant.kernel} {variant.label}"
     try:
-        budgets.compile_variant(variant, target)
+        compile_variant(variant, target)
     except Exception as error:
         return label, f"{type(error).__name__}: {error}"[:500]
     return label, ""

@@ -6,8 +6,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from longact_kernels.budgets import GPUS, KIB, TARGETS, Budget, budget, qwen3_8b, variants
 from longact_kernels.commands.console import Parser, Refusal
+from longact_kernels.compiled.budgets import Budget, budget
+from longact_kernels.compiled.rooflines import qwen3_8b
+from longact_kernels.compiled.targets import GPUS, KIB, TARGETS
+from longact_kernels.compiled.variants import variants
 from longact_kernels.csrc_triton.variant import Variant
 
 
