@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import settings
-from models import backward, tiny_model, tokens  # noqa: F401
+from models import tiny_model
 
 # The models are tiny: threads would only wait for one another.
 torch.set_num_threads(1)

@@ -36,6 +36,7 @@ class Batch:
         self.task = -1
         self.witness: Tensor | None = None
         self.version = 0  # of its gradient, after the last backward
+        self.told: Tensor | bool = False  # whether its gradient was not zero then
 
     def enter(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -58,15 +59,20 @@ class Batch:
             return
         grad = self.witness.grad
         changed = grad is not None and grad._version != self.version and (wait or grad.is_cpu)
-        if grad is None or (changed and not grad.any()):
+        # One that was zero already, as where all completions earn the same, is so after clipping too.
+        if grad is None or (changed and self.told and not grad.any()):
             self.drop()
 
     def _find_witness(self) -> None:
         """A parameter that got a gradient in this backward: as long as it has one, nobody has zeroed them."""
         if self.present and self.witness is None:
-            self.witness = next((p for p in self._parameters() if p.grad is not None), None)
+            # The smallest: it is read in every backward.
+            self.witness = min(
+                (p for p in self._parameters() if p.grad is not None), key=lambda p: p.numel(), default=None
+            )
         if self.witness is not None and self.witness.grad is not None:
             self.version = self.witness.grad._version
+            self.told = self.witness.grad.any()
 
     def _parameters(self) -> Iterable[Tensor]:
         # Of a sharded parameter, gradients come and go with every backward that is accumulated.
@@ -74,7 +80,7 @@ class Batch:
 
     def __getstate__(self) -> dict:
         # Copies are made between steps.
-        return {**self.__dict__, "witness": None, "task": -1}
+        return {**self.__dict__, "witness": None, "told": False, "task": -1}
 
 
 class TellingZeroGrad:

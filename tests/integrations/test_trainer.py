@@ -332,3 +332,36 @@ def test_the_mixin_makes_a_controller_if_none_is_given(tmp_path, options):
     trainer.train()
     assert trainer.longact.steps == 4 and trainer.longact.density == (0.5 if options else 0.3)
     assert all(rows.any() and not rows.all() for rows in moved_rows(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"grad": "compact"}, {"selection": "current"}])
+def test_a_batch_that_did_not_fit_into_memory_leaves_no_trace(tmp_path, options):
+    """`auto_find_batch_size` goes on with a smaller batch; the one that failed had been through backward in part."""
+
+    class Failing(SparseTrainer):
+        failed = False
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.fails and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss
+
+    # Of two attempts the Trainer wraps one schedule twice.
+    constant = {"lr_scheduler_type": "constant"}
+
+    def trained(size, fails):
+        model = tiny_model()
+        args = arguments(tmp_path, per_device_train_batch_size=size, auto_find_batch_size=True, **constant)
+        trainer = in_order(Failing(model=model, longact=LongAct(model, **options), args=args, train_dataset=DATA))
+        trainer.fails = fails
+        trainer.train()
+        assert trainer.failed == fails
+        return trainer
+
+    smaller = trained(4, fails=True)
+    expected = trained(smaller._train_batch_size, fails=False)
+    assert smaller._train_batch_size < 4
+    assert sets(smaller.longact) == sets(expected.longact) and smaller.longact.steps == expected.longact.steps == 4
+    assert_same_weights(smaller.model, expected.model)

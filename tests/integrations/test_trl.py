@@ -46,7 +46,7 @@ def trainer(folder, prompts=("one", "three"), longact=True, **config):
         },
     )
     made = LongActGRPOTrainer(
-        longact=LongAct(model) if longact else None,
+        **({} if longact == "made by the trainer" else {"longact": LongAct(model) if longact else None}),
         optimizer_options={"state": "compact"},
         model=model,
         args=args,
@@ -109,8 +109,9 @@ def test_the_gradient_norm_is_that_of_the_masked_gradients(tmp_path):
     assert [record["grad_norm"] for record in log.records if "reward" in record] == pytest.approx(norms, rel=1e-5)
 
 
-def test_padding_and_generation_leave_the_statistics_alone(tmp_path):
-    rl = trainer(tmp_path, prompts=("a rather long prompt for its size", "b"), max_steps=1)
+@pytest.mark.parametrize("longact", [True, "made by the trainer"])
+def test_padding_and_generation_leave_the_statistics_alone(tmp_path, longact):
+    rl = trainer(tmp_path, prompts=("a rather long prompt for its size", "b"), longact=longact, max_steps=1)
     seen = []
     loss = rl._get_per_token_logps_and_entropies
 

@@ -396,3 +396,18 @@ def test_two_processes_train_as_one_on_the_whole_batch(of_ranks, case):
         torch.testing.assert_close(weights_of_rank, weights, rtol=1e-5, atol=1e-6)
     for one, other in zip(of_ranks[0][case][2], of_ranks[1][case][2], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "current"}, {"grad": "compact"}])
+def test_a_batch_that_teaches_nothing_is_a_step_all_the_same(options):
+    """Gradients of zeros, as in RL where all completions earn the same: clipping them is not dropping the batch."""
+    model = tiny_model()
+    longact = LongAct(model, **options)
+    optimizer = SalientAdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        ids = tokens()
+        (0 * model(input_ids=ids, labels=ids).loss).backward()
+        longact.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert longact.steps == 2 and longact.sets.keys() == longact.layers.keys()

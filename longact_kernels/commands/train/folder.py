@@ -108,11 +108,11 @@ class RunFolder:
         """By layer, the saliency that the set was last chosen from, and the set; kept for a run resumed at its end."""
         path = self.path / "saliency.safetensors"
         found = {}
-        for name, layer in longact.layers.items():
-            saliency, salient = longact.saliency(name), layer.salient
-            if saliency is not None and salient is not None and salient.rows is not None:
-                found[f"{name}.saliency"] = saliency.cpu().contiguous()
-                found[f"{name}.rows"] = salient.rows.cpu()
+        for name, index in longact.sets.items():
+            saliency = longact.saliency(name)
+            assert saliency is not None  # it has a set
+            found[f"{name}.saliency"] = saliency.cpu().contiguous()
+            found[f"{name}.rows"] = index.cpu()
         if found:
             save_file(found, path)
         kept = load_file(path) if path.is_file() else {}
