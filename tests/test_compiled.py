@@ -79,8 +79,8 @@ def test_predicted_costs_are_what_the_design_expects():
     assert work.roofline(h100) >= 0.99
     salient = rooflines.sparse_adamw_work(1229, 4096, 2, master=True)
     whole, compact = (rooflines.sparse_adamw_columns_work(4096, 4096, 1229, 2, form) for form in (False, True))
-    # bf16 beside fp32 moments and masters: a dense step's 28 bytes an element; compact, 30% of 26 and all of 2.
-    assert whole.moved == pytest.approx(28 * 4096 * 4096, rel=0.02)
+    # bf16 beside fp32 moments and masters: nearly a dense step's 28 bytes an element; compact, 30% of 26 and all of 2.
+    assert 0.97 < whole.moved / (28 * 4096 * 4096) < 1
     assert compact.moved == pytest.approx((0.3 * 26 + 2) * 4096 * 4096, rel=0.01)
     assert salient.moved <= 0.31 * rooflines.sparse_adamw_work(4096, 4096, 2, master=True).minimum
 
