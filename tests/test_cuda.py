@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import exact_interpreter  # noqa: F401
 import pytest
 import torch
-from models import backward, tiny_model, tokens
+from models import backward, checkpoint_activations, tiny_model, tokens
 from torch.nn.functional import linear
 
 from longact_kernels import LongAct, SalientAdamW
@@ -359,6 +359,15 @@ def test_compiled_layer_equals_the_eager_one(how):
 
 # Sizes that only a GPU's memory holds: more than 2^31 elements
 
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """Other tests run on the same GPU."""
+    yield
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
 TALL = 2**21 + 8 if ON_GPU else 24
 WIDE = 1024 if ON_GPU else 16
 
@@ -520,10 +529,8 @@ def test_trains_as_on_a_cpu(state, grad):
 @not_interpreted
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(use_reentrant):
-    def checkpoint(model):
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-
-    plain, checkpointed = train(DEVICE), train(DEVICE, before=checkpoint)
+    plain = train(DEVICE)
+    checkpointed = train(DEVICE, before=lambda model: checkpoint_activations(model, use_reentrant))
     if ON_GPU:
         assert_trained_alike(plain, checkpointed)
     else:

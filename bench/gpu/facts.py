@@ -52,8 +52,11 @@ def machine() -> dict:
 
 
 def said(*command: str) -> str | None:
-    """A program's output, None where it is missing or fails."""
+    """A program's output, None where it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

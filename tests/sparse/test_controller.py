@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import backward, tiny_model, tokens
+from models import backward, checkpoint_activations, tiny_model, tokens
 from torch.utils.checkpoint import checkpoint
 
 from longact_kernels import LongAct, SalientAdamW
@@ -100,7 +100,7 @@ def test_activation_checkpointing_counts_every_activation_once(statistic, reentr
         model = tiny_model()
         longact = LongAct(model, statistic=statistic)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, reentrant)
             if reentrant:
                 model.enable_input_require_grads()
         mask = torch.ones(2, 12, dtype=torch.long)

@@ -32,6 +32,12 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def checkpoint_activations(model: torch.nn.Module, use_reentrant: bool) -> None:
+    """Under the name that the installed version of transformers has for it."""
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": use_reentrant})
+
+
 def backward(model: torch.nn.Module, ids: torch.Tensor, **inputs) -> torch.Tensor:
     """One forward and backward; the loss is a sum, so that gradients of micro-batches add up to the batch's."""
     logits = model(input_ids=ids, **inputs).logits
