@@ -13,10 +13,7 @@ HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
 
 def sets(longact: LongAct) -> dict[str, list[int]]:
     """The salient channels of every layer."""
-    if hasattr(longact, "sets"):
-        return {name: channels.tolist() for name, channels in longact.sets.items()}
-    rows = {name: layer.salient.rows for name, layer in longact.layers.items()}
-    return {name: channels[channels >= 0].tolist() for name, channels in rows.items() if channels is not None}
+    return {name: channels.tolist() for name, channels in longact.sets.items()}
 
 
 def saliencies(longact: LongAct) -> dict[str, torch.Tensor]:
