@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from longact_kernels.functional import channel_stats, select
 from longact_kernels.sparse.projections import find_projections
+from longact_kernels.sparse.selection import share
 
 
 class Part(NamedTuple):
@@ -120,8 +121,7 @@ def pool(statistics: list[Statistics]) -> Statistics:
 def salient(saliency: Tensor, parts: list[Part], density: float) -> Tensor:
     """bool [n]: the top `density` of every head by a saliency fp32 [n]."""
     heads = [size for part in parts for size in part.heads]
-    # As `LongAct` counts them.
-    counts = [max(1, int(density * size + 0.5)) for size in heads]
+    counts = [share(density, size) for size in heads]
     chosen = torch.zeros(len(saliency), dtype=torch.bool)
     chosen[select(saliency, heads, counts)] = True
     return chosen
