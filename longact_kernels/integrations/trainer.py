@@ -82,7 +82,7 @@ class LongActTrainerMixin:
     ):
         self.optimizer_options = optimizer_options
         super().__init__(*args, **kwargs)
-        self.longact = LongAct(self.model, **vars(longact)) if isinstance(longact, LongActConfig) else longact
+        self.longact = LongAct(self.model, longact) if isinstance(longact, LongActConfig) else longact
         if self.longact is not None:
             check(self.longact, self.args)
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
