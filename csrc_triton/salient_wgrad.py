@@ -47,7 +47,7 @@ def pack_kernel(
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     in_m = offs_m < M
-    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1)
+    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1).to(tl.int32)
     in_s = (channel >= 0) & (channel < N)
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + channel[None, :], mask=in_m[:, None] & in_s[None, :], other=0.0)
     tl.store(packed_ptr + offs_m[:, None] * P + offs_s[None, :], x, mask=in_m[:, None] & (offs_s < P)[None, :])
@@ -107,7 +107,7 @@ def scatter_kernel(
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=written)
 
 
-PACK_CONFIG = {"BLOCK_M": 16, "BLOCK_S": 128, "num_warps": 4}
+PACK_CONFIG = {"BLOCK_M": 32, "BLOCK_S": 64, "num_warps": 4}
 SCATTER_CONFIG = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 
