@@ -5,7 +5,7 @@ table of addresses and sizes, one line a weight, because a launch cannot take hu
 
 Salient rows cost their share of a dense step's memory traffic. Salient columns lie scattered through every row: at 30%
 nearly every half-line of 64 bytes, which is what a load fills, of a weight, gradient or whole state holds one, and only
-compact states save traffic.
+compact states save traffic. Where there are no sets, whole weights are stepped: a "channel" is then CHUNK of its numbers.
 """
 
 import itertools
@@ -36,11 +36,17 @@ FIELDS = (
 LAYOUTS = ("aligned", "unaligned", "columns")
 
 
-def launch_config(layout: str, moment_itemsize: int) -> dict[str, int]:
-    """Tiles of a layout: the largest whose registers leave half of the threads resident (64 each)."""
+# Numbers of a whole weight that a program steps.
+CHUNK = tl.constexpr(1 << 16)
+
+
+def launch_config(layout: str, length: int, moment_itemsize: int) -> dict[str, int]:
+    """Tiles for channels of a length: those that waste the fewest lanes and leave half of the threads resident."""
     if layout == "columns":
-        return {"BLOCK_C": 32, "BLOCK": 4 * moment_itemsize, "num_warps": 4}
-    return {"BLOCK_C": 1, "BLOCK": 1024 if layout == "aligned" else 512, "num_warps": 4}
+        return {"BLOCK_C": 32, "BLOCK": 2 * moment_itemsize, "num_warps": 4}
+    block = min((1024, 512, 256, 128), key=lambda size: -(-length // size) * size)
+    # As many channels in either layout, since the table of programs serves both.
+    return {"BLOCK_C": 1024 // block, "BLOCK": block if layout == "aligned" else block // 2, "num_warps": 4}
 
 
 @triton.jit
@@ -98,6 +104,7 @@ def sparse_adamw(
     MOMENT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,  # no sets: all of every weight, with one step count, fp32, that was raised before
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,  # of a line, len(FIELDS)
     BLOCK_C: tl.constexpr,
@@ -113,21 +120,26 @@ def sparse_adamw(
     channels_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.int64))
     exp_avg_ptr = tl.load(entry + 3).to(tl.pointer_type(MOMENT))
     exp_avg_sq_ptr = tl.load(entry + 4).to(tl.pointer_type(MOMENT))
-    steps_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.int32))
+    steps_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.float32 if WHOLE else tl.int32))
     master_ptr = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
     count = tl.load(entry + 7)
-    length = tl.load(entry + 8).to(tl.int32)
+    length = tl.load(entry + 8)
     stride_weight = tl.load(entry + 9)
     stride_grad = tl.load(entry + 10)
     stride_state = tl.load(entry + 11)
     grad_compact = tl.load(entry + 12)
     state_compact = tl.load(entry + 13)
     first_program = tl.load(entry + 14)
+    first = (tl.program_id(0) - first_program) * BLOCK_C
+    if WHOLE:
+        length = tl.minimum(length - first * CHUNK, CHUNK)
+    length = length.to(tl.int32)
     if ALIGNED:  # the hint holds for a pointer only after the cast to a pointer type
-        weight_ptr = tl.multiple_of(weight_ptr, 16)
-        grad_ptr = tl.multiple_of(grad_ptr, 16)
-        exp_avg_ptr = tl.multiple_of(exp_avg_ptr, 16)
-        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, 16)
+        # Four neighbours a thread whatever their width, so that no number changes threads between its load and store.
+        weight_ptr = tl.multiple_of(weight_ptr, WEIGHT.primitive_bitwidth // 2)
+        grad_ptr = tl.multiple_of(grad_ptr, GRAD.primitive_bitwidth // 2)
+        exp_avg_ptr = tl.multiple_of(exp_avg_ptr, MOMENT.primitive_bitwidth // 2)
+        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, MOMENT.primitive_bitwidth // 2)
         master_ptr = tl.multiple_of(master_ptr, 16)
         length = tl.multiple_of(length, 8)
         stride_weight = tl.multiple_of(stride_weight, 8)
@@ -136,15 +148,23 @@ def sparse_adamw(
 
     # Rows lie along the tile's first dimension and columns along its last: neighbours in memory always lie along the
     # last.
-    slot = tl.expand_dims((tl.program_id(0) - first_program) * BLOCK_C + tl.arange(0, BLOCK_C), 0 if COLUMNS else 1)
-    channel = tl.load(channels_ptr + slot, mask=slot < count, other=-1)
-    owned = channel >= 0
-    in_grad = tl.where(grad_compact != 0, slot, channel)
-    in_state = tl.where(state_compact != 0, slot, channel)
-    tau = tl.load(steps_ptr + in_state, mask=owned, other=0) + 1
-    # Every thread must have read τ before one of them writes it back.
-    tl.debug_barrier()
-    tl.store(steps_ptr + in_state, tau, mask=owned)
+    slot = tl.expand_dims(first + tl.arange(0, BLOCK_C), 0 if COLUMNS else 1)
+    if WHOLE:
+        channel = tl.where(slot < count, slot, -1)
+        owned = channel >= 0
+        in_grad = channel
+        in_state = channel
+        stride_grad = stride_state
+        tau = tl.load(steps_ptr).to(tl.int32)
+    else:
+        channel = tl.load(channels_ptr + slot, mask=slot < count, other=-1)
+        owned = channel >= 0
+        in_grad = tl.where(grad_compact != 0, slot, channel)
+        in_state = tl.where(state_compact != 0, slot, channel)
+        tau = tl.load(steps_ptr + in_state, mask=owned, other=0) + 1
+        # Every thread must have read τ before one of them writes it back.
+        tl.debug_barrier()
+        tl.store(steps_ptr + in_state, tau, mask=owned)
 
     lr = tl.load(lr_ptr).to(tl.float32)
     scale = grad_sign
@@ -204,17 +224,21 @@ def variants() -> list[Variant]:
     dtypes = [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")]
     names = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     found = []
-    for (weight, grad), master, moment, layout in itertools.product(dtypes, (False, True), ("fp32", "bf16"), LAYOUTS):
+    # Whole weights are stepped here for their masters' sake; sets in all dtypes, the longest tiles standing for all.
+    cases = [*itertools.product(dtypes, (False, True), ("fp32", "bf16"), LAYOUTS, (False,))]
+    cases += itertools.product(dtypes, (True,), ("fp32",), LAYOUTS[:2], (True,))
+    for (weight, grad), master, moment, layout, whole in cases:
         if master and weight == "fp32":
             continue
-        config = launch_config(layout, names[moment].primitive_bitwidth // 8)
+        config = launch_config(layout, 4096, names[moment].primitive_bitwidth // 8)
         constants = {"WEIGHT": names[weight], "GRAD": names[grad], "MOMENT": names[moment], "HAS_MASTER": master}
-        constants |= {"COLUMNS": layout == "columns", "ALIGNED": layout == "aligned", "WIDTH": len(FIELDS)}
-        constants |= {"BLOCK_C": config["BLOCK_C"], "BLOCK": config["BLOCK"]}
+        constants |= {"COLUMNS": layout == "columns", "WHOLE": whole, "ALIGNED": layout == "aligned"}
+        constants |= {"WIDTH": len(FIELDS), "BLOCK_C": config["BLOCK_C"], "BLOCK": config["BLOCK"]}
         # Loss scaling goes with fp16 training, and adds two scalar loads only.
         amp = weight == "fp16" and grad == "fp16"
         label = f"{weight}{'' if grad == weight else ' fp32-grad'}{' master' if master else ''}"
         label += f"{'' if moment == 'fp32' else ' bf16-moments'} {layout}{' scaled' if amp else ''}"
+        label += " whole" if whole else ""
         # With nothing in 32 bits, the threads of a 64-lane wave have 64 bits each of a tile.
         narrow = moment == "bf16" and grad != "fp32" and not master
         found.append(

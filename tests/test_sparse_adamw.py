@@ -444,3 +444,71 @@ def test_a_plan_checks_its_gradients():
     plan.step(case.held["grads"], lr, BETA1, BETA2, EPS, DECAY)
     assert case.held["weights"][0]._version > version  # autograd notices that a saved weight has changed
     check(before, case)
+
+
+def whole_lists(shapes, dtype, master, moment=torch.float32, seed=0):
+    """Whole weights, with the step counts that torch's AdamW keeps."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = {name: [] for name in ("weights", "grads", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")}
+    for i, shape in enumerate(shapes):
+        numbers = torch.randn(4, *shape, generator=generator)
+        lists["weights"].append(numbers[0].to(dtype))
+        lists["grads"].append((numbers[1] / 8).to(dtype))
+        lists["exp_avgs"].append((numbers[2] / 100).to(moment))
+        lists["exp_avg_sqs"].append((numbers[3].square() / 100).to(moment))
+        lists["steps"].append(torch.tensor(float(3 * i)))
+        if master:
+            lists["masters"].append(lists["weights"][i].float())
+    return {name: [tensor.to(DEVICE) for tensor in tensors] for name, tensors in lists.items()}
+
+
+@pytest.mark.parametrize("dtype, master", [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+@pytest.mark.parametrize("shapes", [[(16, 40), (8,), (2, 3, 24), ()], [(70_000,), (3, 5)], [(3, 5, 7)]])
+def test_whole_weights_are_torchs_adamw(dtype, master, shapes):
+    lists = whole_lists(shapes, dtype, master)
+    targets = [t.detach().clone().requires_grad_() for t in lists["masters"] or lists["weights"]]
+    optimizer = torch.optim.AdamW(targets, LR, (BETA1, BETA2), EPS, DECAY)
+    for i, target in enumerate(targets):
+        held = {"step": lists["steps"][i], "exp_avg": lists["exp_avgs"][i], "exp_avg_sq": lists["exp_avg_sqs"][i]}
+        optimizer.state[target] = {name: value.clone() for name, value in held.items()}
+    plan = ops.AdamWPlan(**{name: tensors for name, tensors in lists.items() if name != "grads"})
+    lr, scale = torch.tensor(LR, device=DEVICE), torch.tensor(4.0, device=DEVICE)
+    for step in range(3):
+        for target, grad in zip(targets, lists["grads"], strict=True):
+            target.grad = grad.float() / 4
+        overflow = torch.tensor(float(step == 1), device=DEVICE)
+        plan.step(lists["grads"], lr, BETA1, BETA2, EPS, DECAY, grad_scale=scale, found_inf=overflow)
+        if step != 1:
+            optimizer.step()
+    for i, target in enumerate(targets):
+        state = optimizer.state[target]
+        assert lists["steps"][i] == state["step"] == 3 * i + 2
+        ours = (lists["masters"] or lists["weights"])[i]
+        torch.testing.assert_close(ours, target.detach(), rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(lists["exp_avgs"][i], state["exp_avg"], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(lists["exp_avg_sqs"][i], state["exp_avg_sq"], rtol=1e-5, atol=1e-8)
+        assert torch.equal(lists["weights"][i], ours.to(dtype))
+
+
+def test_whole_weights_are_rounded_with_the_references_bits():
+    shapes = [(70_000,), (5, 24)]
+    ours, theirs = (whole_lists(shapes, torch.bfloat16, False, torch.bfloat16) for _ in range(2))
+    lr = torch.tensor(LR, device=DEVICE)
+    ops.sparse_adamw_(**ours, lr=lr, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, seed=3)
+    reference(AdamWCall(**theirs, lr=lr, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, seed=3))
+    for name in ("weights", "exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(ours[name], theirs[name], strict=True):
+            assert (a != b).sum() <= 2e-4 * a.numel() + 1, name
+
+
+def test_arguments_of_whole_weights_are_checked():
+    def refuse(message, **changes):
+        lists = whole_lists([(6, 16)], torch.bfloat16, True) | changes
+        with pytest.raises(ValueError, match=message):
+            ops.AdamWPlan(**{name: tensors for name, tensors in lists.items() if name != "grads"})
+
+    refuse("index: got no sets, needed some with compact=True", compact=True)
+    refuse(r"steps\[0\]: got torch.int32", steps=[torch.zeros((), dtype=torch.int32, device=DEVICE)])
+    refuse(r"steps\[0\]: got \[6\]", steps=[torch.zeros(6, device=DEVICE)])
+    refuse(r"weights\[0\]: .*contiguous", weights=[torch.zeros(16, 6, dtype=torch.bfloat16, device=DEVICE).t()])
+    refuse(r"masters\[0\]: got \[3, 16\]", masters=[torch.zeros(3, 16, device=DEVICE)])

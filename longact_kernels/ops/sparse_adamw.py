@@ -32,7 +32,9 @@ def sparse_adamw_(*args: Any, **kwargs: Any) -> None:
         grads: [N, K] each, fp32, fp16 or bf16, of which the salient rows are read; or [S, K], slot s belonging to row
             `index[s]` ([N, S] along columns). One of the weight's own shape is always taken as the former.
         index: int64 [S] each, ascending: the salient rows, or columns. It may begin with entries of -1, slots without a
-            channel: nothing of theirs is read or written.
+            channel: nothing of theirs is read or written. An empty list: no sets, all of every weight is stepped. Then
+            weights are of any shape and contiguous, all that goes with them is of their shape, and `steps` are 0-dim
+            fp32, as `torch.optim.AdamW` keeps them. (On a CPU its own fused form is the faster one for that.)
         exp_avgs, exp_avg_sqs: [N, K] each; if `compact`, [S, K] like such gradients ([N, S] along columns). All fp32,
             or all bf16, computed in fp32 and rounded at the end. Rounding to nearest stops most second moments at a
             `beta2` of 0.999, whose changes are less than half of a last digit: give a `seed`.
@@ -190,15 +192,23 @@ def _check_held(call: AdamWCall) -> None:
     if call.axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {call.axis!r}, needed 'rows' or 'columns'")
     lists = {name: getattr(call, name) for name in _HELD}
-    lengths = {name: len(tensors) for name, tensors in lists.items() if tensors or name != "masters"}
+    lengths = {name: len(tensors) for name, tensors in lists.items() if tensors or name not in ("index", "masters")}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"sparse_adamw_: lists of one length needed, got {lengths}")
     devices = {tensor.device for tensors in lists.values() for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
     for name, tensors in lists.items():
-        _check_dtypes(name, tensors, _DTYPES[name])
+        _check_dtypes(name, tensors, (torch.float32,) if name == "steps" and not call.index else _DTYPES[name])
     _check_dtypes("exp_avgs, exp_avg_sqs", call.exp_avgs[:1] + call.exp_avg_sqs[:1], _DTYPES["exp_avgs"])
+    if not call.index:
+        if call.compact or call.axis != "rows":
+            raise ValueError("index: got no sets, needed some with compact=True or axis='columns'")
+        whole = [weight.shape for weight in call.weights]
+        for name in ("weights", "exp_avgs", "exp_avg_sqs", "masters"):
+            _check_shapes(name, lists[name], whole[: len(lists[name])])
+        _check_shapes("steps", call.steps, [()] * len(whole))
+        return
 
     for i, weight in enumerate(call.weights):
         if weight.ndim != 2 or not _has_plain_rows(weight):
@@ -232,7 +242,9 @@ def _check_numbers(call: AdamWCall) -> None:
             raise ValueError(f"{name}: got {getattr(call, name)}, needed a number of at least 0")
 
 
-def _salient_shapes(call: AdamWCall) -> list[tuple[int, int]]:
+def _salient_shapes(call: AdamWCall) -> Sequence[tuple[int, ...]]:
+    if not call.index:
+        return [weight.shape for weight in call.weights]
     sizes = [(weight.shape, index.numel()) for weight, index in zip(call.weights, call.index, strict=True)]
     return [(S, K) if call.axis == "rows" else (N, S) for (N, K), S in sizes]
 
@@ -262,11 +274,12 @@ def _prepare(call: AdamWCall) -> Callable[[AdamWCall, GradLayout], None]:
     if runs_triton(weight):
         prepared = Launcher(call)
         return lambda call, layout: launch(weight, prepared, call, layout)
-    if weight.is_cpu:
+    if weight.is_cpu and call.index:
         from longact_kernels.cpu.sparse_adamw import Prepared
 
         return Prepared(call)
-    warn_reference("sparse_adamw_", weight.device.type)
+    if not weight.is_cpu:
+        warn_reference("sparse_adamw_", weight.device.type)
     return lambda call, layout: _reference(call)
 
 
@@ -292,34 +305,45 @@ class Launcher:
     """Launches the kernel on the tensors of a call, with a table of their addresses that is made once."""
 
     def __init__(self, call: AdamWCall):
-        from longact_kernels.csrc_triton.sparse_adamw import FIELDS, LAYOUTS, launch_config
+        from longact_kernels.csrc_triton.sparse_adamw import CHUNK, FIELDS, LAYOUTS, launch_config
 
-        self._device = call.weights[0].device
-        columns = call.axis == "columns"
-        states = call.exp_avgs + call.exp_avg_sqs + call.masters
-        self._aligned = all(_is_aligned(t.data_ptr(), t.stride(0), t.shape[1]) for t in call.weights + states)
-        self._configs = {layout: launch_config(layout, call.exp_avgs[0].itemsize) for layout in LAYOUTS}
-        block = self._configs["columns" if columns else "aligned"]["BLOCK_C"]
-        lists = (call.weights, call.index, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters or call.weights)
+        self._device, self._whole, chunk = call.weights[0].device, not call.index, CHUNK.value
+        if self._whole:
+            sizes = [weight.numel() for weight in call.weights]
+            channels = [(0, -(-size // chunk), size, chunk, chunk) for size in sizes]
+        else:
+            along = 1 if call.axis == "rows" else 0
+            channels = [
+                (index.data_ptr(), index.numel(), weight.shape[along], weight.stride(0), exp_avg.stride(0))
+                for weight, index, exp_avg in zip(call.weights, call.index, call.exp_avgs, strict=True)
+            ]
+        longest = chunk if self._whole else max(length for _, _, length, *_ in channels)
+        self._configs = {layout: launch_config(layout, longest, call.exp_avgs[0].itemsize) for layout in LAYOUTS}
+        block = self._configs["columns" if call.axis == "columns" else "aligned"]["BLOCK_C"]
+        lists = (call.weights, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters or call.weights)
         lines, programs = [], [0]
-        for weight, index, exp_avg, exp_avg_sq, step, master in zip(*lists, strict=True):
+        for (index, count, length, stride_weight, stride_state), *tensors in zip(channels, *lists, strict=True):
+            weight, exp_avg, exp_avg_sq, step, master = map(Tensor.data_ptr, tensors)
             line = {
-                "weight": weight.data_ptr(),
-                "channels": index.data_ptr(),
-                "exp_avg": exp_avg.data_ptr(),
-                "exp_avg_sq": exp_avg_sq.data_ptr(),
-                "steps": step.data_ptr(),
-                "master": master.data_ptr(),
-                "count": index.numel(),
-                "length": weight.shape[0 if columns else 1],
-                "stride_weight": weight.stride(0),
-                "stride_state": exp_avg.stride(0),
+                "weight": weight,
+                "channels": index,
+                "exp_avg": exp_avg,
+                "exp_avg_sq": exp_avg_sq,
+                "steps": step,
+                "master": master,
+                "count": count,
+                "length": length,
+                "stride_weight": stride_weight,
+                "stride_state": stride_state,
                 "state_compact": int(call.compact),
                 "first_program": programs[-1],
             }
             lines.append([line.get(field, 0) for field in FIELDS])
-            programs.append(programs[-1] - (-index.numel() // block))
+            programs.append(programs[-1] - (-count // block))
         self._programs = programs[-1]
+        matrices = call.weights + call.exp_avgs + call.exp_avg_sqs + call.masters
+        rows = [tensor.view(1, -1) if self._whole else tensor for tensor in matrices]
+        self._aligned = all(_is_aligned(tensor.data_ptr(), tensor.stride(0), tensor.shape[1]) for tensor in rows)
         self._table = torch.tensor(lines)
         self._weight_of = torch.arange(len(lines), dtype=torch.int32).repeat_interleave(torch.tensor(programs).diff())
         self._of_grads = [FIELDS.index(field) for field in ("grad", "stride_grad", "grad_compact")]
@@ -334,10 +358,15 @@ class Launcher:
         if self._programs == 0:
             return
         grads, dtype = call.grads, call.weights[0].dtype
-        if not (grads[0].dtype in (dtype, torch.float32) and all(stride[1] == 1 for stride in layout.strides)):
+        plain = Tensor.is_contiguous if self._whole else _has_plain_rows
+        if not (grads[0].dtype in (dtype, torch.float32) and all(map(plain, grads))):
             grads = [grad if grad.dtype in (dtype, torch.float32) else grad.float() for grad in grads]
-            grads = [grad if _has_plain_rows(grad) else grad.contiguous() for grad in grads]
+            grads = [grad if plain(grad) else grad.contiguous() for grad in grads]
             layout = GradLayout.of(grads)
+        if self._whole:
+            # As torch's own fused form: the kernel reads the counts, of which many programs share one.
+            stepped = 1.0 if call.found_inf is None else (call.found_inf.reshape(()) == 0).to(torch.float32)
+            torch._foreach_add_(call.steps, stepped)
         table, weight_of, kind = self._on_device(call, layout)
         types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         scalars = (self._scalar(name, getattr(call, name)) for name in ("lr", "grad_scale", "found_inf"))
@@ -346,8 +375,8 @@ class Launcher:
             1 - call.beta2, call.eps, call.weight_decay, -1.0 if call.maximize else 1.0,
             0 if call.seed is None else _signed(call.seed), int(call.seed is not None),
             WEIGHT=types[dtype], GRAD=types[grads[0].dtype], MOMENT=types[call.exp_avgs[0].dtype],
-            HAS_MASTER=bool(call.masters), COLUMNS=kind == "columns", ALIGNED=kind == "aligned", WIDTH=len(FIELDS),
-            **self._configs[kind],
+            HAS_MASTER=bool(call.masters), COLUMNS=kind == "columns", WHOLE=self._whole, ALIGNED=kind == "aligned",
+            WIDTH=len(FIELDS), **self._configs[kind],
         )  # fmt: skip
 
     def _on_device(self, call: AdamWCall, layout: GradLayout) -> tuple[Tensor, Tensor, str]:
@@ -359,10 +388,11 @@ class Launcher:
         if found is not None and found[0] == layout:
             return found[1:]
         table: Tensor = self._table.clone()
-        strides, shapes = [stride[0] for stride in layout.strides], layout.kinds[0]
+        shapes = layout.kinds[0]
+        strides = [0 if self._whole else stride[0] for stride in layout.strides]
         compact = [shape != weight.shape for shape, weight in zip(shapes, call.weights, strict=True)]
         table[:, self._of_grads] = torch.tensor([layout.addresses, strides, compact]).T
-        lengths = [shape[1] for shape in shapes]
+        lengths = [shape.numel() if self._whole else shape[1] for shape in shapes]
         aligned = self._aligned and all(map(_is_aligned, layout.addresses, strides, lengths))
         kind = "columns" if call.axis == "columns" else "aligned" if aligned else "unaligned"
         (table,) = upload(self._device, table)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+# Numbers of a whole weight that have one random key.
+_CHUNK = 1 << 16
 
 
 class AdamWCall(NamedTuple):
@@ -39,10 +41,16 @@ def sparse_adamw_(call: AdamWCall) -> None:
     if call.found_inf is not None and call.found_inf.item():
         return
     lr = call.lr.double()
-    for i, index in enumerate(call.index):
+    whole = not call.index
+    for i in range(len(call.weights)):
         masters = call.masters or call.weights
         tensors = call.weights[i], call.grads[i], call.exp_avgs[i], call.exp_avg_sqs[i], masters[i]
-        weight, grad, exp_avg, exp_avg_sq, master = tensors if call.axis == "rows" else [t.t() for t in tensors]
+        if whole:  # a row with one step count
+            weight, grad, exp_avg, exp_avg_sq, master = (tensor.reshape(1, -1) for tensor in tensors)
+            steps, index = call.steps[i].view(1), torch.zeros(1, dtype=torch.int64, device=weight.device)
+        else:
+            weight, grad, exp_avg, exp_avg_sq, master = tensors if call.axis == "rows" else [t.t() for t in tensors]
+            steps, index = call.steps[i], call.index[i]
         places = (index != -1).nonzero()[:, 0]
         index = index[places]
         slots = places if call.compact else index
@@ -50,8 +58,8 @@ def sparse_adamw_(call: AdamWCall) -> None:
         g = g if call.grad_scale is None else g / call.grad_scale
         g = -g if call.maximize else g
         w = master[slots] if call.masters else weight[index].float()
-        call.steps[i][slots] += 1
-        tau = call.steps[i][slots].unsqueeze(1)
+        steps[slots] += 1
+        tau = steps[slots].unsqueeze(1)
         step_size = (lr / (1 - call.beta1 ** tau.double())).float()
         bias_correction2_sqrt = (1 - call.beta2 ** tau.double()).sqrt().float()
 
@@ -64,8 +72,9 @@ def sparse_adamw_(call: AdamWCall) -> None:
         if call.masters:
             master[slots] = w
         if call.seed is not None:
-            key = random_key(call.seed, i, index.unsqueeze(1), tau)
-            offs = torch.arange(weight.shape[1], device=key.device)
+            offs = torch.arange(weight.shape[1], device=weight.device)
+            key = random_key(call.seed, i, offs // _CHUNK if whole else index.unsqueeze(1), tau.int())
+            offs = offs % _CHUNK if whole else offs
             if weight.dtype != torch.float32 and not call.masters:
                 w = stochastic_round(w, hash32(key ^ offs), weight.dtype)
             if exp_avg.dtype == torch.bfloat16:
