@@ -42,7 +42,11 @@ def test_issues_its_instructions_in_half_the_memory_time(variant, target):
     for name, gpu in GPUS.items():
         if gpu.target == target:
             assert assembly.issue_share(loop, gpu) <= 0.5, name
-    if variant.aligned:
+    if variant.kernel == "sparse_adamw" and variant.aligned:
+        # A thread has four neighbours of each matrix: 24 of 28 bytes travel in 128 bits, the 16-bit ones in 64, and no
+        # number changes threads on its way, which would take shared memory and barriers.
+        assert assembly.wide_share(loop) >= 0.85 and not any("BAR" in line for line in loop)
+    elif variant.aligned:
         assert assembly.wide_share(loop, index="index_ptr" in variant.types) >= 0.9
 
 
