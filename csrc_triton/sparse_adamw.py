@@ -5,7 +5,7 @@ table of addresses and sizes, one line a weight, because a launch cannot take hu
 
 Salient rows cost their share of a dense step's memory traffic. Salient columns lie scattered through every row: at 30%
 nearly every half-line of 64 bytes, which is what a load fills, of a weight, gradient or whole state holds one, and only
-compact states save traffic. Where there are no sets, whole weights are stepped: a "channel" is then CHUNK of its numbers.
+compact states save traffic. Without sets whole weights are stepped, and a "channel" is CHUNK of the numbers of one.
 """
 
 import itertools
