@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from bench.gpu import report
 
 
-def kernels(rows: list[report.Row], path: Path) -> None:
+def kernels(rows: list[report.Row], device: str, path: Path) -> None:
     """A panel for each op of one layer: device time of its contenders against tokens, by model."""
     works = list(dict.fromkeys(row["work"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -30,12 +30,16 @@ def kernels(rows: list[report.Row], path: Path) -> None:
                 style = "--" if "predicted" in name else "-"
                 panel.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
             panel.set(title=f"{model}: {work}", xlabel="tokens", ylabel="device µs", xscale="log", yscale="log")
+            tokens = sorted({x for points in lines.values() for x, _ in points})
+            panel.set_xticks(tokens, [f"{x:,}" for x in tokens])
+            panel.minorticks_off()
             panel.legend(fontsize="x-small")
+    figure.suptitle(device)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def steps(rows: list[report.Row], path: Path) -> None:
+def steps(rows: list[report.Row], device: str, path: Path) -> None:
     """Milliseconds and peak memory of whole steps."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = plt.subplots(2, len(models), figsize=(5 * len(models), 6), squeeze=False, layout="constrained")
@@ -48,7 +52,9 @@ def steps(rows: list[report.Row], path: Path) -> None:
         ):
             panel.bar_label(panel.barh(names, figures), fmt="%.1f", fontsize="small")
             panel.set(title=model, xlabel=unit)
+            panel.margins(x=0.15)
             panel.invert_yaxis()
+    figure.suptitle(device)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -61,9 +67,9 @@ def main(folder: Path) -> None:
         points[row["work"], row["model"]].add(row["tokens"])
     per_layer = {work for (work, _), tokens in points.items() if len(tokens) == max(map(len, points.values()))}
     if timings:
-        kernels([row for row in timings if row["work"] in per_layer], folder / "kernels.png")
+        kernels([row for row in timings if row["work"] in per_layer], report.device(rows), folder / "kernels.png")
     if whole := [row for row in rows if row["what"] == "step"]:
-        steps(whole, folder / "steps.png")
+        steps(whole, report.device(rows), folder / "steps.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def write(folder: Path, rows: list[Row]) -> None:
         parts += [f"## {work}", timings([row for row in rows if row["what"] == "timing" and row["work"] == work])]
     if steps := [row for row in rows if row["what"] == "step"]:
         parts += ["## Training steps", training(steps)]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
 
 
 def short(rows: list[Row]) -> str:
@@ -29,7 +29,7 @@ def short(rows: list[Row]) -> str:
     parts += [timings(ours)] if ours else []
     steps = [row for row in rows if row["what"] == "step"]
     parts += [training(steps)] if steps else []
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def device(rows: list[Row]) -> str:
