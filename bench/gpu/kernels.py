@@ -56,7 +56,8 @@ def run(stage: Stage) -> int:
 def race(stage: Stage, case: dict, contenders: Contenders, predicted: float | None) -> None:
     """A row for each contender; ratios are taken to the first. `predicted` is the time of ours, in seconds."""
     turns = Turns(contenders)
-    turns.rounds_in(0, 1, 1)
+    if not stage.dry:
+        turns.rounds_in(0, 1, 1)  # warms up
     for _ in range(1 if stage.dry else ROUNDS):
         turns()
     peer = next(iter(contenders))
