@@ -1,6 +1,7 @@
 """`select` and `carry_` against plain Python."""
 
 import math
+import mmap
 
 import exact_interpreter  # noqa: F401
 import pytest
@@ -137,6 +138,25 @@ def test_zeros_and_nans_of_either_sign_tie(n):
     assert values[5].view(torch.int32) < 0
     assert ops.select(values.to(DEVICE), n, 4).tolist() == [0, 1, 5, n // 2]
     assert ops.select(values.to(DEVICE), [n - 3, 3], [1, 1]).tolist() == [5, n - 3]
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs a kernel on a sparse address range")
+@pytest.mark.parametrize("K", [8, 3])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_carries_across_more_than_2_31_elements(axis, K):
+    """Slots (or, along columns, lanes) that lie 2^30 elements apart, aligned and not."""
+    far = 2**30 + 64
+    values = torch.rand((3, K) if axis == "rows" else (3, 4))
+    memory = mmap.mmap(-1, 4 * (2 * far + 16) + 4096)
+    state = torch.frombuffer(memory, dtype=torch.float32).as_strided(values.shape, (far, 1)).copy_(values)
+    old, new = (torch.tensor([1, 2, 5]), torch.tensor([2, 5, 9])) if axis == "rows" else (
+        torch.tensor([1, 2, 5, 9]), torch.tensor([0, 1, 2, 9])
+    )  # fmt: skip
+    ops.carry_([[state]], [old], [new], axis)
+    zero = torch.zeros(K) if axis == "rows" else torch.zeros(3)
+    lines = values if axis == "rows" else values.T
+    wanted = torch.stack([lines[1], lines[2], zero] if axis == "rows" else [zero, lines[0], lines[1], lines[3]])
+    assert torch.equal(state, wanted if axis == "rows" else wanted.T)
 
 
 def test_nothing_to_carry():

@@ -367,17 +367,48 @@ def test_bytes_moved_are_the_least(dtype, master):
         assert 0.3 * work.moved / work.minimum <= 0.31
 
 
+def sparse(shape, dtype, stride=None):
+    """Zeros in memory that exists only where it is touched."""
+    stride = stride or (shape[1] if len(shape) == 2 else 1)
+    memory = mmap.mmap(-1, shape[0] * stride * dtype.itemsize + 4096)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (stride, 1)[: len(shape)])
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs a kernel on a sparse address range")
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_offsets_beyond_2_31_elements(axis):
+@pytest.mark.parametrize("name", ["weights", "grads"])
+def test_strides_beyond_2_31_elements(axis, name):
     case = Case([(2, 16, 2)], torch.bfloat16, axis=axis)
-    stride = 2**31 + 64  # in memory that exists only where it is touched
-    far = torch.frombuffer(mmap.mmap(-1, 2 * stride + 4096), dtype=torch.bfloat16).as_strided((2, 16), (stride, 1))
-    far.copy_(case.held["weights"][0])
-    case.held["weights"][0] = far
-    before = Case([(2, 16, 2)], torch.bfloat16, axis=axis)
+    before = case.copy()
+    far = sparse((2, 16), torch.bfloat16, 2**31 + 64).copy_(case.held[name][0])
+    case.held[name][0] = far
     case.run()
     check(before, case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs a kernel on a sparse address range")
+@pytest.mark.parametrize("axis, shape", [("rows", (2**27 + 8, 16)), ("columns", (4, 2**30 + 8))])
+def test_states_of_more_than_2_31_elements(axis, shape):
+    """The first and the last channels of large weights, beside the same channels alone."""
+    dim = 0 if axis == "rows" else 1
+    index = torch.tensor([1, shape[dim] - 2])
+    generator = torch.Generator().manual_seed(0)
+    dtypes = dict(weights=torch.bfloat16, grads=torch.bfloat16, exp_avgs=torch.float32, exp_avg_sqs=torch.float32)
+    small, large = {}, {}
+    for name, dtype in {**dtypes, "masters": torch.float32}.items():
+        part = (2, 16) if dim == 0 else (4, 2)
+        values = torch.rand(part, generator=generator).to(dtype)
+        small[name], large[name] = [values], [sparse(shape, dtype).index_copy_(dim, index, values)]
+    small |= {"index": [torch.arange(2)], "steps": [torch.tensor([4, 9], dtype=torch.int32)]}
+    large |= {"index": [index], "steps": [sparse(shape[dim : dim + 1], torch.int32)]}
+    large["steps"][0][index] = small["steps"][0]
+    numbers = dict(lr=torch.tensor(LR), beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, axis=axis)
+    ops.sparse_adamw_(**large, **numbers)
+    reference(AdamWCall(**small, **numbers))
+    assert torch.equal(large["steps"][0][index], small["steps"][0])
+    for name in ("exp_avgs", "exp_avg_sqs", "masters", "weights"):
+        got = large[name][0].index_select(dim, index)
+        torch.testing.assert_close(got, small[name][0], rtol=2**-7 if name == "weights" else 1e-5, atol=1e-6)
 
 
 def plan_of(case):
