@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The interpreter takes milliseconds for what compiled code does in microseconds.
-examples = settings(max_examples=25 if INTERPRETED else 60, deadline=None, derandomize=True)
+examples = settings(max_examples=25 if INTERPRETED else 60, deadline=None)
 
 
 def expected(y, mask, bounds):
