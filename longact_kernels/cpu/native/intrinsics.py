@@ -233,25 +233,3 @@ def bf16_by_chance(typingctx, number, bits):
         return builder.trunc(chosen, ir.IntType(16))
 
     return types.uint16(types.float32, types.uint32), codegen
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """`a * b + c` of fp32 numbers, rounded once."""
-
-    def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32] * 3), "llvm.fma.f32")
-        return builder.call(function, args)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def sqrt(typingctx, a):
-    """The fp32 square root, correctly rounded."""
-
-    def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32]), "llvm.sqrt.f32")
-        return builder.call(function, args)
-
-    return types.float32(types.float32), codegen
