@@ -135,11 +135,13 @@ class _Project(torch.autograd.Function):
         if l2 is None:
             y = torch.nn.functional.linear(x, matrix, bias)
         elif target.axis == "rows":
-            y, *measured = linear_stats(x, matrix, bias, mask, cu_seqlens, l2)
-            ctx.measured = tuple(measured)
+            # Packed sequences are measured as rows of tokens; what is saved keeps one shape, packed or not.
+            tokens = x if cu_seqlens is None else x.flatten(0, -2)
+            y, *measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
+            y, ctx.measured = y.view(*x.shape[:-1], -1), tuple(measured)
         else:
             y = torch.nn.functional.linear(x, matrix, bias)
-            ctx.measured = channel_stats(x, mask, cu_seqlens, l2)
+            ctx.measured = channel_stats(x if cu_seqlens is None else x.flatten(0, -2), mask, cu_seqlens, l2)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -185,7 +187,9 @@ def project(
     """`salient_linear` whose set, statistics and gradient are looked up in `target` when backward comes.
 
     Args:
-        x, weight, bias, mask, cu_seqlens: as in `salient_linear`.
+        x, weight, bias: as in `salient_linear`.
+        mask: bool, as in `salient_linear`; [tokens] with `cu_seqlens`.
+        cu_seqlens: int [B + 1], bounds of packed sequences among all tokens of `x`.
         target: where to look.
         l2: whether statistics need sums of squares; None to take none.
     """

@@ -78,6 +78,7 @@ class SalientOptimizer(Optimizer, ABC):
         super().__init__(params, defaults)
         if longact is not None:
             longact.check()
+            longact.check_trains()
             if longact not in self._controllers(salient_weights()):
                 raise ValueError("longact: none of its projections' weights is among the parameters given")
 
@@ -121,6 +122,8 @@ class SalientOptimizer(Optimizer, ABC):
             longact.mask_gradients()
         work = [self._split(group, salient) for group in self.param_groups]
         grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])
+        for one in work:  # before any weight changes: what does not fit is said here
+            self._follow_sets([(p, salient) for p, _, salient in one.sparse])
         for group, (plain, whole, sparse) in zip(self.param_groups, work, strict=True):
             self._step_plain(group, plain, grad_scale, found_inf)
             self._step_whole(group, whole, grad_scale, found_inf)
@@ -215,15 +218,24 @@ class SalientOptimizer(Optimizer, ABC):
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Ordinary parameters by the kernel: as matrices whose rows are all in the set."""
-        entries = []
+        entries, copies = [], []
         for p in params:
-            state = self.state[p]
+            if not p.numel():
+                continue
+            state, like = self.state[p], local(p.detach())
+            if not torch.ops.aten.is_non_overlapping_and_dense(like):
+                # Its elements do not fill their memory: a copy is stepped.
+                like = like.contiguous()
+                copies.append((p, like))
             if not state:
-                state.update(self.new_state(p, p.detach()))
-            state = {name: local(held) if name == "step" else matrix(held, p) for name, held in state.items()}
-            weight = matrix(p, p)
-            entries.append(Entry(weight, matrix(p.grad, p), torch.arange(len(weight), device=p.device), state))
+                state.update(self.new_state(p, p.detach() if is_sharded(p) else like))
+            state = {name: local(held) if name == "step" else matrix(held, like) for name, held in state.items()}
+            weight = matrix(like, like)
+            index = torch.arange(len(weight), device=p.device)
+            entries.append(Entry(weight, matrix(local(p.grad), like), index, state))
         self._run(group, entries, "rows", False, grad_scale, found_inf)
+        for p, stepped in copies:
+            p.copy_(stepped)
 
     def _step_salient(
         self,
@@ -232,7 +244,6 @@ class SalientOptimizer(Optimizer, ABC):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        self._follow_sets([(p, salient) for p, _, salient in params])
         entries = defaultdict(list)
         for p, grad, salient in params:
             weight, index, state = p.detach(), salient.index, self.state[p]
@@ -290,6 +301,13 @@ class SalientOptimizer(Optimizer, ABC):
                 raise ValueError(
                     "state: 'compact' would keep a slot for every salient channel on every rank of a sharded weight; "
                     "use state='full'"
+                )
+            if (state and state[self.moment_names[0]].shape[1 - dim] != p.shape[1 - dim]) or (
+                state and not self.compact and len(state["step"]) != p.shape[dim]
+            ):
+                raise RuntimeError(
+                    f"state: that of {salient.name} was kept along {AXES[1 - dim]}, its LongAct now takes {AXES[dim]}; "
+                    "go on with a new optimizer"
                 )
             if not state:
                 kept = p.detach().index_select(dim, index.clamp(min=0)) if self.compact else p.detach()
@@ -440,20 +458,15 @@ def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def matrix(tensor: Tensor, p: Tensor) -> Tensor:
-    """This rank's part of a parameter `p`, or what belongs to its elements, as a matrix.
+    """A parameter `p`, or what belongs to its elements, as a matrix.
 
     A view, unless the tensor's elements lie in another order than the parameter's: then a copy, for reading.
     """
-    tensor, p = local(tensor.detach()), local(p.detach())
-    if tensor.is_contiguous() and p.is_contiguous():
-        return tensor.view(len(p), -1) if p.ndim > 1 and p.numel() else tensor.reshape(1, -1)
-    if not torch.ops.aten.is_non_overlapping_and_dense(p):
-        raise ValueError(
-            f"params: one of shape {list(p.shape)} has strides {tuple(p.stride())}, which share or skip memory; needed "
-            "p.data = p.data.contiguous()"
-        )
+    tensor = local(tensor.detach())
     if tensor.stride() != p.stride():
         tensor = torch.empty_like(p, dtype=tensor.dtype).copy_(tensor)
+    if p.is_contiguous():
+        return tensor.view(len(p), -1) if p.ndim > 1 else tensor.view(1, -1)
     return tensor.as_strided((1, tensor.numel()), (tensor.numel(), 1))
 
 

@@ -3,13 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longact_kernels.sparse.sharding import is_sharded
+
+@dataclass(eq=False)
+class Pass:
+    """The passes of one layer through backward, in the step under way.
+
+    Attributes:
+        own: the layer's weight, if its gradient lies there.
+        near: parameters that may get theirs in the same backward, small ones first.
+        came: whether a pass has come.
+        witness: a parameter that gets its gradient later in the same backward than the layer: while it has one, nobody
+            has zeroed the layer's. It stays from step to step.
+        version, told: of the witness's gradient after the last backward: which one it was, and whether it was not zero.
+    """
+
+    own: Tensor | None = None
+    near: list[Tensor] = field(default_factory=list)
+    came: bool = False
+    witness: Tensor | None = None
+    version: int | None = None
+    told: Tensor | bool = False
+    _without: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forgets the passes: a step has used them, or they were dropped."""
+        self.came, self.version = False, None
+
+    def begin(self) -> None:
+        if self.witness is None:
+            candidates = self.near if self.own is None else [self.own]
+            self._without = [p for p in candidates if p.grad is None]
+        self.came = True
+
+    def end(self) -> None:
+        """Looks at the witness after a backward."""
+        if self.witness is None:
+            self.witness = next((p for p in self._without if p.grad is not None), None)
+            self._without = []
+        if self.witness is not None:
+            grad = self.witness.grad
+            if grad is None:  # it trains no more
+                self.witness = self.version = None
+            else:
+                self.version, self.told = grad._version, grad.any() if grad.numel() < SMALL else False
+
+    def zeroed(self, begins: bool) -> bool:
+        """Whether somebody has zeroed the layer's gradients without telling us.
+
+        Args:
+            begins: a backward begins, before which nobody else changes gradients: if they have been, see whether to
+                zero. (After one, clipping changes them.)
+        """
+        if self.version is None or self.witness is None:
+            return False
+        grad = self.witness.grad
+        if grad is None:
+            return True
+        # One that was zero already, as where all completions earn the same, says nothing.
+        return bool(begins and grad._version != self.version and self.told and not grad.any())
+
+    def __getstate__(self) -> dict:
+        # Copies are made between steps.
+        return {**self.__dict__, "own": None, "near": [], "came": False, "witness": None, "version": None}
+
+
+# Of a witness with more elements, what it holds is not looked at.
+SMALL = 2**16
 
 
 class Batch:
@@ -18,69 +84,54 @@ class Batch:
     Salient layers call `enter` in their backward, before anything else.
 
     Args:
-        model: whose parameters tell whether somebody has zeroed gradients.
         begin: called when a backward pass begins.
-        drop: called when what came before has been zeroed since.
-
-    Attributes:
-        present: whether a backward has come.
+        drop: called with the layers' passes that have been zeroed since they came.
     """
 
-    def __init__(self, model: nn.Module, begin: Callable[[], None], drop: Callable[[], None]):
-        self.model, self.begin, self.drop = model, begin, drop
-        self.clear()
+    def __init__(self, begin: Callable[[], None], drop: Callable[[list[Pass]], None]):
+        self.begin, self.drop = begin, drop
+        self.passes: list[Pass] = []
+        self.task = -1
+
+    @property
+    def present(self) -> bool:
+        """Whether a backward has come."""
+        return any(own.came for own in self.passes)
 
     def clear(self) -> None:
-        """Forgets what came: a step has used it, or it was dropped."""
-        self.present = False
         self.task = -1
-        self.witness: Tensor | None = None
-        self.version = 0  # of its gradient, after the last backward
-        self.told: Tensor | bool = False  # whether its gradient was not zero then
+        for own in self.passes:
+            own.clear()
 
-    def enter(self) -> None:
+    def enter(self, own: Pass) -> None:
+        """Says that a layer's backward begins."""
         task = torch._C._current_graph_task_id()
-        if self.present and task == self.task:
-            return
-        self.task = task
-        self.begin()
-        self.drop_zeroed(wait=True)
-        self.present, self.task = True, task
-        if task != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(self._find_witness)  # type: ignore[attr-defined]
+        if task != self.task or task == -1:
+            self.begin()
+            self.drop_zeroed(begins=True)
+            self.task = task
+            if task != -1:
+                torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
+        own.begin()
 
-    def drop_zeroed(self, wait: bool = False) -> None:
-        """Drops a batch whose gradients somebody has zeroed without telling us.
+    def drop_zeroed(self, begins: bool = False) -> None:
+        """Drops the passes whose gradients have been zeroed; `begins` as of `Pass.zeroed`."""
+        if zeroed := [own for own in self.passes if own.came and own.zeroed(begins)]:
+            self.drop(zeroed)
 
-        Args:
-            wait: on a GPU too, look at gradients that somebody has changed in place.
-        """
-        if not self.present or self.witness is None:
-            return
-        grad = self.witness.grad
-        changed = grad is not None and grad._version != self.version and (wait or grad.is_cpu)
-        # One that was zero already, as where all completions earn the same, is so after clipping too.
-        if grad is None or (changed and self.told and not grad.any()):
-            self.drop()
+    def _ended(self) -> None:
+        self.task = -1
+        for own in self.passes:
+            if own.came:
+                own.end()
 
-    def _find_witness(self) -> None:
-        """A parameter that got a gradient in this backward: as long as it has one, nobody has zeroed them."""
-        if self.present and self.witness is None:
-            # The smallest: it is read in every backward.
-            self.witness = min(
-                (p for p in self._parameters() if p.grad is not None), key=lambda p: p.numel(), default=None
-            )
-        if self.witness is not None and self.witness.grad is not None:
-            self.version = self.witness.grad._version
-            self.told = self.witness.grad.any()
-
-    def _parameters(self) -> Iterable[Tensor]:
-        # Of a sharded parameter, gradients come and go with every backward that is accumulated.
-        return (p for p in self.model.parameters() if p.requires_grad and not is_sharded(p))
-
-    def __getstate__(self) -> dict:
-        # Copies are made between steps.
-        return {**self.__dict__, "witness": None, "told": False, "task": -1}
+    def stepped(self, params: Iterable[Tensor]) -> None:
+        """Says that an optimizer has stepped parameters: that it zeroes their gradients now drops nothing."""
+        if any(own.version is not None for own in self.passes):
+            ids = set(map(id, params))
+            for own in self.passes:
+                if id(own.witness) in ids:
+                    own.version = None
 
 
 class TellingZeroGrad:

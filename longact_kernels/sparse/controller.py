@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from longact_kernels.sparse import gradients
-from longact_kernels.sparse.batch import Batch, TellingZeroGrad
+from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.config import LongActConfig, field_names
 from longact_kernels.sparse.finite import Watch
 from longact_kernels.sparse.flat import Flat
@@ -81,7 +81,7 @@ class LongAct:
         self._steps = 0
         self.layers: dict[str, SalientLayer] = {}
         self.call = Call(self._call_begins)
-        self.batch = Batch(model, self.settle, self.drop)
+        self.batch = Batch(self.settle, self._drop_zeroed)
         self.watch = Watch(config.nonfinite)
         self.accumulators: Flat | None = None  # compact gradients, by layer
 
@@ -96,7 +96,9 @@ class LongAct:
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._masked = False  # whether its sets have been chosen, and its gradients masked
         self._saved: tuple[list[Tensor], list[tuple[bool, bool]]] | None = None  # what that has changed
-        self._bad: Tensor | None = None  # whether its numbers are bad, on the device
+        self._bad: Tensor | None = None  # whether its activations are bad, on the device
+        self._bad_dense: Tensor | None = None  # and its gradients that were masked, whose names are
+        self._dense: list[str] = []
         self._measured: Measured | None = None  # what the next sets are chosen from
         self._verdict: Tensor | None = None  # that of the step of a stock optimizer
         self._reduced = False  # whether its compact gradients are those of all ranks
@@ -232,8 +234,17 @@ class LongAct:
                 held = held.to(device)
             setattr(self, name, held)
         for salient, index in zip(self._sets(), self._index.split(self._select.sizes), strict=True):
-            salient.index, salient.token = index, salient.token.to(device)
+            salient.index, salient.token = index, torch.zeros(1, device=device)
             salient.grad = None if self.accumulators is None else self.accumulators.parts[salient.name]
+        self.batch.passes = [salient.passes for salient in self._sets()]
+        salient_ids = {id(layer.weight) for layer in self.layers.values()}
+        # Of a sharded parameter, gradients come and go with every backward that is accumulated.
+        near = [p for p in self.model.parameters() if id(p) not in salient_ids and not is_sharded(p)]
+        near = sorted(near, key=Tensor.numel)
+        for layer in self.layers.values():
+            passes, whole = layer.salient.passes, self.config.grad == "full"
+            passes.own = layer.weight if whole and not is_sharded(layer.weight) else None
+            passes.near = [] if whole else near
         self._connect()
 
     def _connect(self) -> None:
@@ -272,12 +283,17 @@ class LongAct:
                     "before LongAct is made (they train densely beside it), or train without LongAct"
                 )
         self._check_whole()
+        if any(p.requires_grad for p in self.model.parameters()):
+            self.check_trains()
+        self._checked = True
+
+    def check_trains(self) -> None:
+        """Raises RuntimeError if no salient weight can train, before the first step."""
         if not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
             raise RuntimeError(
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
             )
-        self._checked = True
 
     def _check_whole(self) -> None:
         # FSDP's root puts its own weights together before the model's forward: only in a step do all show.
@@ -291,24 +307,28 @@ class LongAct:
     # The batch
 
     def drop(self, layers: Iterable[SalientLayer] | None = None) -> None:
-        """Forgets the backward passes since the last step: their gradients have been zeroed.
+        """Forgets backward passes since the last step: their gradients have been zeroed.
 
         Args:
             layers: those whose gradients have been zeroed; all of them if not given.
         """
-        dropped = list(self.layers.values() if layers is None else layers)
-        for layer in dropped:
-            layer.salient.has_grad = False
-        if self._stepped:
+        dropped = [layer.salient for layer in (self.layers.values() if layers is None else layers)]
+        came = self._masked or any(salient.passes.came for salient in dropped)
+        for salient in dropped:
+            salient.has_grad = False
+            salient.passes.clear()
+        if self._stepped or not came:
             return  # they are in the statistics, as their gradients are in the weights
         everything = len(dropped) == len(self.layers)
-        if self.batch.present or self._masked:
-            for part in [None] if everything else [layer.salient.segments for layer in dropped]:
-                self._statistics.drop(part)
-        if everything:
+        for part in [None] if everything else [salient.segments for salient in dropped]:
+            self._statistics.drop(part)
+        if everything or not self.batch.present:
             self._take_back()
             self.batch.clear()
-            self._masked, self._bad, self._reduced = False, None, False
+            self._masked, self._bad, self._bad_dense, self._reduced = False, None, None, False
+
+    def _drop_zeroed(self, zeroed: list[Pass]) -> None:
+        self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
 
     def zeroed(self, ids: set[int] | None = None) -> None:
         """Says that gradients have been zeroed: of the parameters with these ids, or of all.
@@ -317,15 +337,23 @@ class LongAct:
         """
         self.drop(None if ids is None else [layer for layer in self.layers.values() if id(layer.weight) in ids])
 
-    def _take_back(self) -> None:
-        """Undoes a choice that was made from a batch which is dropped."""
+    def _take_back(self, bad: Tensor | None = None) -> None:
+        """Undoes a choice that was made from a batch which is dropped, or whose step has changed nothing.
+
+        Args:
+            bad: a flag on the device; without it, undo in any case.
+        """
         if self._saved is None:
             return
         tensors, flags = self._saved
         for held, old in zip(self._chosen_tensors(), tensors, strict=True):
-            held.copy_(old)
-        for salient, (chosen, active) in zip(self._sets(), flags, strict=True):
-            salient.chosen, salient.active = chosen, active
+            held.copy_(old if bad is None else torch.where(bad != 0, old, held))
+        # Only a first set asks the host to wait.
+        if [chosen for chosen, _ in flags] == [s.chosen for s in self._sets()] and bad is not None:
+            return
+        if bad is None or bad:
+            for salient, (chosen, active) in zip(self._sets(), flags, strict=True):
+                salient.chosen, salient.active = chosen, active
         self._saved = None
 
     def _chosen_tensors(self) -> tuple[Tensor, ...]:
@@ -403,6 +431,7 @@ class LongAct:
             self.settle()
         self.watch.look()
         self._check_whole() if self._checked else self.check()
+        self.check_trains()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -435,6 +464,10 @@ class LongAct:
                 self.drop()
                 self.watch.post(flags, self._names, self._steps + 1)
             self._bad = flags.any()
+            # Masking would hide some of them.
+            dense = [layer for layer in layers if not layer.salient.active and layer.weight.grad is not None]
+            self._bad_dense = gradients.nonfinite([layer.weight.grad for layer in dense]) if dense else None
+            self._dense = [f"{layer.salient.name}.weight" for layer in dense]
         among = [not layer.salient.active for layer in layers]
         if not any(among):
             return
@@ -479,7 +512,7 @@ class LongAct:
         """Whether a step's numbers are bad, on the device: it must change nothing then.
 
         Args:
-            grads: the gradients that the step will use.
+            grads: the gradients that the step will use; none where a GradScaler has looked at them.
             name_of: the name of the parameter that the i-th belongs to, for the error.
 
         Returns:
@@ -496,12 +529,14 @@ class LongAct:
             shared = found.int()
             all_reduce(shared, "max")
             found = shared > 0
-        activations = 0 if self._bad is None else 1
+        names = []
+        if grads and self._bad_dense is not None:
+            found, names = torch.cat((self._bad_dense, found)), [f"the gradient of {name}" for name in self._dense]
         if self._bad is not None:
-            found = torch.cat((self._bad.view(1), found))
+            found, names = torch.cat((self._bad.view(1), found)), ["activations", *names]
 
         def name(i: int) -> str:
-            return "activations" if i < activations else f"the gradient of {name_of(i - activations)}"
+            return names[i] if i < len(names) else f"the gradient of {name_of(i - len(names))}"
 
         try:
             self.watch.post(found, name, self._steps + 1)
@@ -521,6 +556,8 @@ class LongAct:
             bad: a flag that the step has changed nothing, if it may be so.
         """
         first = not self._stepped
+        if first and bad is not None:
+            self._take_back(bad)
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
@@ -574,7 +611,7 @@ class LongAct:
         self._stepped = []
         self._steps += 1
         self._masked = self._reduced = self._checked = False
-        self._bad = None
+        self._bad = self._bad_dense = None
         if self._measured is not None:
             self._choose(self._measured)
             self._measured = None
@@ -667,15 +704,15 @@ class LongAct:
         """Masks gradients, and takes away bad ones: an optimizer passes over parameters without a gradient."""
         self.mask_gradients()
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        ids = {id(p) for p in params}
-        for layer in self.layers.values():
-            if layer.salient.chosen and id(layer.weight) in ids:
-                gradients.mask_(layer)  # also what did not come through the layer
         scaled = getattr(optimizer, "found_inf", None) is not None
         self._verdict = None if scaled else self.verdict([p.grad for p in params], lambda i: self.name_of(params[i]))
         if self._verdict is not None and self._verdict:
             for p in params:
                 p.grad = None
+        ids = {id(p) for p in params}
+        for layer in self.layers.values():
+            if layer.salient.chosen and id(layer.weight) in ids:
+                gradients.mask_(layer)  # also what did not come through the layer
 
     def _after_stock(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.layers:
@@ -828,7 +865,7 @@ class LongAct:
         self.layers, self._undo = {}, []
         # Nothing goes round in a circle any more: the model is freed with its last name.
         model, self.model = self.model, nn.Module()
-        self.call, self.batch = Call(_nothing), Batch(self.model, _nothing, _nothing)
+        self.call, self.batch = Call(_nothing), Batch(_nothing, _nothing)
         return model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -897,7 +934,7 @@ class LongAct:
         self._connect()
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     pass
 
 
@@ -941,4 +978,11 @@ def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dic
                 )
 
 
+def _note_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """After any optimizer's step."""
+    for longact in controllers():
+        longact.batch.stepped(p for group in optimizer.param_groups for p in group["params"])
+
+
 register_optimizer_step_pre_hook(_refuse_strangers)
+register_optimizer_step_post_hook(_note_step)

@@ -32,6 +32,8 @@ class SalientLayer(nn.Module):
                 f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, or "
                 "made by a parametrisation); use FSDP2 (fully_shard), or plain weights, or LongAct.restore() before"
             )
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise RuntimeError(f"LongAct: the weight of {salient.name} is {weight.dtype}; needed float32 or 16 bits")
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look inside an autograd.Function: cast as it casts for F.linear.
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -40,11 +42,7 @@ class SalientLayer(nn.Module):
         tokens = salient.call.tokens_now() if salient.stats is not None else None
         if tokens is None:
             return project(x, weight, bias, salient)
-        mask, cu_seqlens = tokens.of(x, salient.stats.l2, salient.name)
-        if cu_seqlens is None:
-            return project(x, weight, bias, salient, salient.stats.l2, mask)
-        y = project(x.flatten(0, -2), weight, bias, salient, salient.stats.l2, mask, cu_seqlens)
-        return y.unflatten(0, x.shape[:-1])
+        return project(x, weight, bias, salient, salient.stats.l2, *tokens.of(x, salient.stats.l2, salient.name))
 
 
 class SalientLinear(SalientLayer, nn.Linear):

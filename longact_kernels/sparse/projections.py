@@ -212,6 +212,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
             be told.
     """
     config = getattr(model, "config", None)
+    _check_text(model, config)
     found = []
     for path, parent, module, ranges in _candidates(model, target_modules):
         attention, _, name = path.rpartition(".")
@@ -242,6 +243,19 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
             "beside frozen weights have no rows to choose from"
         )
     return found
+
+
+def _check_text(model: nn.Module, config: Any) -> None:
+    """Raises for models whose calls do not say of all their attention which tokens are padding."""
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: {name} is an encoder with a decoder, whose calls have two lengths and two masks; needed a decoder "
+            "or an encoder alone, such as a causal language model"
+        )
+    told = getattr(model, "main_input_name", "input_ids")
+    if told not in ("input_ids", "inputs_embeds"):
+        raise ValueError(f"model: {name} reads {told}, not tokens; needed a language model")
 
 
 def _candidates(
@@ -321,6 +335,11 @@ def _check_plain(path: str, module: nn.Module) -> bool:
         raise ValueError(
             f"model: {path} is a {kind}; needed a plain torch.nn.Linear. If the model is quantised, load it in "
             "bfloat16 or float32 instead"
+        )
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"model: the weight of {path} is made by something else (a parametrisation, weight_norm, pruning); needed "
+            "a plain parameter: remove that first"
         )
     weight = _weight(module)
     # Quantising libraries bring tensor types of their own; torch's DTensor shards an ordinary one.

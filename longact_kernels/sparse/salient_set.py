@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longact_kernels.functional import Axis
-from longact_kernels.sparse.batch import Batch
+from longact_kernels.sparse.batch import Batch, Pass
 from longact_kernels.sparse.tokens import Call
 
 
@@ -36,6 +36,7 @@ class SalientSet:
         grad: the fp32 accumulator of the set's gradient, where those are kept in place of whole gradients.
         has_grad: whether backward has put something there since it was last zeroed.
         version: grows whenever the set may have changed.
+        passes: the layer's own passes through backward.
         token: what compiled code writes to in place of all that it cannot see.
     """
 
@@ -56,6 +57,7 @@ class SalientSet:
     grad: Tensor | None = None
     has_grad: bool = False
     version: int = 0
+    passes: Pass = field(default_factory=Pass)
     token: Tensor = field(init=False)
 
     @property
@@ -79,8 +81,8 @@ class SalientSet:
             written = [self.token] if self.grad is None else [self.token, self.grad]
             index = torch.ops.longact.begin(self.key, self.size, measured, written)
             return index if self.active else None
-        self.batch.enter()
-        if measured:
+        self.batch.enter(self.passes)
+        if measured and self.stats is not None:
             self.stats.merge_(*measured)
         return self.index if self.active else None
 
@@ -106,8 +108,8 @@ def _begin(key: int, size: int, measured: list[Tensor], written: list[Tensor]) -
     later. An accumulator is zeroed here where nothing is in it yet.
     """
     salient = _by_key[key]
-    salient.batch.enter()
-    if measured:
+    salient.batch.enter(salient.passes)
+    if measured and salient.stats is not None:
         salient.stats.merge_(*measured)
     if len(written) > 1 and not salient.has_grad:
         written[1].zero_()

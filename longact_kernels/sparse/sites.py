@@ -41,7 +41,7 @@ class Tap:
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
         """Called in backward."""
-        self.salient.batch.enter()
+        self.salient.batch.enter(self.salient.passes)
         if self.stats is not None:
             self.stats.merge_(absmax, sumsq)
 

@@ -62,6 +62,10 @@ class Tokens:
             begins = begins.flatten()
             begins[:: self.positions.shape[1]] = True
             bounds = torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
+        if bounds is None and l2 and mask is not None and mask.ndim == 1 and len(self.mask) > 1:
+            bounds = torch.arange(
+                0, mask.numel() + 1, self.mask.shape[1], device=mask.device
+            )  # rows, one behind another
         return (mask if mask is None or bounds is None else mask.flatten()), bounds
 
     @staticmethod
@@ -101,7 +105,7 @@ class Call:
 
     def tokens_now(self) -> Tokens | None:
         """The tokens of the activation that is being made; None: it is not to be measured (again)."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or self.depth or torch._C._current_graph_task_id() == -1:
             return self.tokens
         # Inside backward, checkpointing repeats a block. The reentrant kind measures it now, for the call that left a
         # mark on its node; the other kind has measured it.
