@@ -80,7 +80,7 @@ class LongAct:
         self.model = model
         self._steps = 0
         self.layers: dict[str, SalientLayer] = {}
-        self.call = Call(self._call_begins)
+        self.call = Call(self._call_begins, self.check_trains)
         self.batch = Batch(self.settle, self._drop_zeroed)
         self.watch = Watch(config.nonfinite)
         self.accumulators: Flat | None = None  # compact gradients, by layer
@@ -237,15 +237,23 @@ class LongAct:
             salient.index, salient.token = index, torch.zeros(1, device=device)
             salient.grad = None if self.accumulators is None else self.accumulators.parts[salient.name]
         self.batch.passes = [salient.passes for salient in self._sets()]
-        salient_ids = {id(layer.weight) for layer in self.layers.values()}
-        # Of a sharded parameter, gradients come and go with every backward that is accumulated.
-        near = [p for p in self.model.parameters() if id(p) not in salient_ids and not is_sharded(p)]
-        near = sorted(near, key=Tensor.numel)
         for layer in self.layers.values():
-            passes, whole = layer.salient.passes, self.config.grad == "full"
-            passes.own = layer.weight if whole and not is_sharded(layer.weight) else None
-            passes.near = [] if whole else near
+            # Of a sharded parameter, gradients come and go with every backward that is accumulated.
+            whole = self.config.grad == "full" and not is_sharded(layer.weight)
+            layer.salient.passes.own = layer.weight if whole else None
+        if self.config.grad == "compact":
+            self._look_near()
         self._connect()
+
+    def _look_near(self) -> None:
+        """Tells layers whose weights get no gradient which parameters about them do: those of their block, then all."""
+        salient = {id(layer.weight) for layer in self.layers.values()}
+        everywhere = sorted((p for p in self.model.parameters() if id(p) not in salient), key=Tensor.numel)
+        for name, layer in self.layers.items():
+            block = self.model.get_submodule(".".join(name.split(".")[:-2]))
+            inside = {id(p) for p in block.parameters()}
+            near = [p for p in everywhere if id(p) in inside], [p for p in everywhere if id(p) not in inside]
+            layer.salient.passes.near = [p for part in near for p in part if not is_sharded(p)]
 
     def _connect(self) -> None:
         """Tells layers, or taps, what to merge their statistics into."""
@@ -283,8 +291,6 @@ class LongAct:
                     "before LongAct is made (they train densely beside it), or train without LongAct"
                 )
         self._check_whole()
-        if any(p.requires_grad for p in self.model.parameters()):
-            self.check_trains()
         self._checked = True
 
     def check_trains(self) -> None:
@@ -303,6 +309,7 @@ class LongAct:
     def _call_begins(self) -> None:
         if not self._checked:
             self.check()
+        self.call.idle = not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values())
 
     # The batch
 
@@ -865,7 +872,7 @@ class LongAct:
         self.layers, self._undo = {}, []
         # Nothing goes round in a circle any more: the model is freed with its last name.
         model, self.model = self.model, nn.Module()
-        self.call, self.batch = Call(_nothing), Batch(_nothing, _nothing)
+        self.call, self.batch = Call(_nothing, _nothing), Batch(_nothing, _nothing)
         return model
 
     def __getstate__(self) -> dict[str, Any]:

@@ -94,10 +94,13 @@ class Call:
         told: whether the model has calls that say something.
         unrecorded: whether a layer has run in it without gradients, to be repeated in backward.
         begin: called when a call with gradients on begins that is not part of another.
+        idle: whether no salient weight trains.
+        refuse: called when something else trains all the same.
     """
 
-    def __init__(self, begin: Callable[[], None]):
-        self.begin = begin
+    def __init__(self, begin: Callable[[], None], refuse: Callable[[], None]):
+        self.begin, self.refuse = begin, refuse
+        self.idle = False
         self.tokens = Tokens()
         self.told = False
         self.unrecorded = False
@@ -141,6 +144,8 @@ class TellingForward:
             if call.unrecorded:
                 call.unrecorded = False
                 _mark(outputs, call.tokens)
+            if call.idle and call.depth == 1 and any(tensor.requires_grad for tensor in _tensors(outputs)):
+                call.refuse()
         finally:
             call.depth -= 1
             call.tokens = outer
@@ -211,9 +216,13 @@ def _of_queries(mask: Tensor) -> Tensor:
     return (attends & ~open_rows.unsqueeze(-1)).any(1)
 
 
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 def _mark(outputs: Any, tokens: Tokens) -> None:
     """Leaves a call's tokens on the nodes of its graph that may repeat a block in backward (reentrant checkpoints)."""
-    waiting = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    waiting = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
     seen = set()
     while waiting:
         node = waiting.pop()
