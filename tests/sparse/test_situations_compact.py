@@ -174,6 +174,23 @@ def test_of_two_batches_the_dropped_one_is_gone(state):
     assert_same_weights(model, plain)
 
 
+@STATE
+def test_a_layers_own_zero_grad_drops_that_layers_gradient(state):
+    results = []
+    for grad in ("full", "compact"):
+        model, _, optimizer = salient_run(grad=grad, state=state)
+        train(model, optimizer, range(2))
+        before = tiny_model()
+        before.load_state_dict(model.state_dict())
+        backward(model, tokens(seed=2))
+        model.model.layers[0].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [bool(rows) for rows in moved_rows(model, before).values()] == [False, False, True, True]
+        results.append(model)
+    assert_close_weights(results[1], results[0])
+
+
 # Backwards that break off
 
 

@@ -89,7 +89,7 @@ VALUES = pytest.mark.parametrize(
         *(
             (kind, where, NAN)
             for kind in ("current", "compact", "stock")
-            for where in ("activation", "loss", "gradient of an MLP")
+            for where in ("activation", "loss", "gradient of a query", "gradient of an MLP")
         ),
     ],
 )
@@ -164,14 +164,9 @@ def test_with_skip_the_step_does_nothing(kind, where, value):
     assert_close_weights(model, plain, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("nonfinite", "where", "kind"),
-    [
-        *(("error", where, kind) for where in ("activation", "loss", "gradient of an MLP") for kind in KINDS),
-        *(("skip", "activation", kind) for kind in KINDS),
-        *(("skip", where, "current") for where in ("loss", "gradient of an MLP")),
-    ],
-)
+@pytest.mark.parametrize("where", ["activation", "loss", "gradient of an MLP"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
 def test_a_bad_first_batch(nonfinite, kind, where):
     """There is no set yet, and none is chosen from it."""
     model, longact, optimizer = make(KINDS[kind], nonfinite=nonfinite)

@@ -142,7 +142,7 @@ def test_parametrised_weights_are_an_error_after_longact(kind, stock):
         train(model, optimizer, range(2))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OVER if kind not in ("weight_norm of old", "prune")])
+@pytest.mark.parametrize("kind", OVER)
 def test_parametrised_weights_are_refused_before_longact(kind):
     model = tiny_model()
     OVER[kind](model.get_submodule(Q))
@@ -388,6 +388,18 @@ def test_a_double_model_is_refused_at_construction_or_trains_right(grad):
     optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact)
     train(model, optimizer, range(3))
     assert longact.steps == 3
+
+
+def test_a_model_that_becomes_double_afterwards_is_an_error_or_trains_right():
+    model = tiny_model()
+    longact = LongAct(model)
+    model.double()
+    try:
+        train(model, SalientAdamW(model.parameters(), **HYPER), range(3))
+    except ERRORS as error:
+        assert Q in str(error) and "float64" in str(error)
+    else:
+        assert longact.steps == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -217,6 +217,7 @@ def test_a_batch_that_was_dropped_just_before_saving_is_in_no_file():
         {"density": 1.0},
         {"statistic": "l2"},
         {},
+        {"axis": "columns"},
         {"scope": "model"},
         {"grad": "compact"},
     ],
@@ -356,13 +357,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "moments"),
-    [
-        *((layout, torch.float32) for layout in LAYOUTS),
-        *((layout, torch.bfloat16) for layout in LAYOUTS if layout != "empty"),
-    ],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("same", [True, False], ids=["gradient alike", "gradient contiguous"])
 def test_dense_parameters_of_any_layout_train_as_with_adamw(layout, moments, same):
     skips = moments == torch.bfloat16 and layout in ("a part", "every second of a vector")  # memory: may be refused
@@ -401,6 +397,38 @@ def test_16_bit_parameters_of_any_layout_train_as_their_fp32_copies(layout):
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(ours, theirs.bfloat16(), rtol=0, atol=0)
+
+
+# Models without memory yet
+
+
+@pytest.mark.parametrize("options", [{}, {"grad": "compact"}, {"statistic": "l2", "selection": "current"}], ids=str)
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_a_model_on_the_meta_device(options, how):
+    plain, expected, theirs = salient_run(**options)
+    with torch.device("meta"):
+        model = tiny_model()
+    longact = LongAct(model, **options)
+    source = tiny_model()
+    if how == "to_empty":
+        model.to_empty(device="cpu")
+    else:
+        model.load_state_dict(source.state_dict(), assign=True)
+        for name, module in model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    setattr(module, key, source.get_submodule(name).get_buffer(key).clone())
+    with torch.no_grad():
+        for kind in ("named_parameters", "named_buffers"):
+            for (_, ours), (_, given) in zip(getattr(model, kind)(), getattr(source, kind)(), strict=True):
+                ours.copy_(given)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    optimizer = SalientAdamW(model.parameters(), **HYPER)
+    train(model, optimizer, range(4))
+    train(plain, theirs, range(4))
+    assert sets(longact) == sets(expected)
+    assert_same_weights(model, plain)
 
 
 # Encoders and decoders
@@ -461,6 +489,31 @@ def whisper():
     return WhisperForConditionalGeneration(config)
 
 
+def wav2vec2():
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    config = Wav2Vec2Config(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(8,),
+        conv_stride=(4,),
+        conv_kernel=(4,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        feat_proj_dropout=0.0,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+    )
+    return Wav2Vec2ForCTC(config)
+
+
 def decoder_loss(model, **inputs):
     ids, mask = tokens(2, 9, seed=1).clamp(min=3), torch.ones(2, 9, dtype=torch.long)
     mask[0, 6:] = 0
@@ -480,12 +533,20 @@ def sound(model):
     return loss, {"encoder": None, "decoder": decoder}
 
 
-MODELS = {"bart": (bart, text), "t5": (t5, text), "whisper": (whisper, sound)}
+def wave(model):
+    mask = torch.ones(2, 48, dtype=torch.long)
+    mask[1, 24:] = 0
+    frames = torch.ones(2, 12, dtype=torch.long)
+    frames[1, 6:] = 0
+    logits = model(torch.randn(2, 48) * mask, attention_mask=mask).logits
+    return (logits * frames[..., None]).square().sum(), {"encoder": frames, "decoder": None}
 
 
-@pytest.mark.parametrize(
-    ("name", "named"), [("bart", False), ("bart", True), ("t5", False), ("t5", True), ("whisper", False)]
-)
+MODELS = {"bart": (bart, text), "t5": (t5, text), "whisper": (whisper, sound), "wav2vec2": (wav2vec2, wave)}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["found", "named"])
+@pytest.mark.parametrize("name", MODELS)
 def test_models_with_encoders_are_taken_right_or_refused(name, named):
     make, run = MODELS[name]
     torch.manual_seed(0)

@@ -226,7 +226,8 @@ def test_two_stock_optimizers_attached_to_one_controller(first):
 
 
 @pytest.mark.parametrize("grad", ["full", "compact"])
-def test_a_salient_optimizer_beside_a_stock_one_for_all_other_weights(grad):
+@pytest.mark.parametrize("salient_first", [False, True])
+def test_a_salient_optimizer_beside_a_stock_one_for_all_other_weights(salient_first, grad):
     """As with Muon or another optimizer for the rest, which holds no salient weight and needs no attaching."""
     model, expected, optimizer = salient_run(grad=grad)
     train(model, optimizer, range(4))
@@ -237,7 +238,7 @@ def test_a_salient_optimizer_beside_a_stock_one_for_all_other_weights(grad):
     theirs = torch.optim.AdamW([p for p in other.parameters() if id(p) not in ids], **HYPER)
     for step in range(4):
         backward(other, tokens(seed=step))
-        for one in (ours, theirs):
+        for one in (ours, theirs) if salient_first else (theirs, ours):
             one.step()
             one.zero_grad()
     assert sets(longact) == sets(expected) and longact.steps == 4

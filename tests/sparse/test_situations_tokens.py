@@ -178,16 +178,18 @@ def test_what_comes_between_a_forward_and_its_backward_changes_nothing(reentrant
     assert_saliency(longact, witness_of([padded(0)]))
 
 
-def test_the_whole_model_in_one_checkpoint():
+@REENTRANT
+def test_the_whole_model_in_one_checkpoint(reentrant):
     model = loud_model()
     longact = LongAct(model, statistic="l2")
     model.enable_input_require_grads()
     calls = CALLS["the first padded"]
+    anchor = torch.zeros(1, requires_grad=True)  # the reentrant kind wants an input with a gradient
 
-    def run(ids, mask):
-        return model(input_ids=ids, attention_mask=mask).logits
+    def run(ids, mask, anchor):
+        return model(input_ids=ids, attention_mask=mask).logits + anchor
 
-    loss = sum(loss_of(checkpoint(run, ids, mask, use_reentrant=False), ids, mask) for ids, mask in calls)
+    loss = sum(loss_of(checkpoint(run, ids, mask, anchor, use_reentrant=reentrant), ids, mask) for ids, mask in calls)
     loss.backward()
     chosen_from(model, longact)
     assert_saliency(longact, witness_of(calls))
@@ -204,7 +206,8 @@ def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, l
     )
 
 
-@pytest.mark.parametrize(("reentrant", "statistic"), [(False, "absmax"), (True, "absmax"), (True, "l2")])
+@STATISTICS
+@REENTRANT
 @pytest.mark.parametrize("lengths", [([7, 12, 4], [5, 3]), ([3, 9], [4, 4, 4])], ids=["other sizes", "same size"])
 def test_packed_calls_under_checkpointing(lengths, reentrant, statistic):
     model = by_transformers(tiny_model(attn_implementation="sdpa"), reentrant)
@@ -220,8 +223,9 @@ def test_packed_calls_under_checkpointing(lengths, reentrant, statistic):
     assert_saliency(longact, witness)
 
 
-def test_a_packed_call_and_a_padded_one_before_one_backward():
-    model = by_transformers(loud_model(attn_implementation="sdpa"), reentrant=True)
+@REENTRANT
+def test_a_packed_call_and_a_padded_one_before_one_backward(reentrant):
+    model = by_transformers(loud_model(attn_implementation="sdpa"), reentrant)
     longact = LongAct(model, statistic="l2")
     witness = Witness(loud_model(attn_implementation="sdpa"))
     ids, positions, sequences = packed([5, 7], 3)
@@ -316,6 +320,8 @@ def test_a_reference_model_that_is_a_copy_leaves_no_trace():
         with torch.no_grad():
             reference(input_ids=full(50)[0], attention_mask=torch.ones(2, T))
         loss = forward(model, *padded(step))
+        reference.train()
+        reference(input_ids=full(51)[0])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -443,6 +449,7 @@ MASKS = {
     "4-D additive, lowest": lambda mask: additive(mask, torch.finfo(torch.float32).min),
     "4-D additive, infinite": lambda mask: additive(mask, float("-inf")),
     "4-D additive, a head each": lambda mask: additive(mask, -1e9).expand(-1, 4, -1, -1),
+    "4-D for all queries": lambda mask: mask.bool()[:, None, None, :],
     "by kinds of layers": lambda mask: {"full_attention": allowed(mask), "sliding_attention": allowed(mask)},
 }
 
@@ -479,7 +486,11 @@ def test_masks_of_every_kind_are_read_or_refused(side, kind, statistic):
     assert taken or kind not in ("long", "bool", "int32", "float", "bf16"), "an ordinary mask"
     if taken:
         chosen_from(model, longact)
-        assert_saliency(longact, witness_of([(ids, mask)], make(), position_ids=positions))
+        # Attention sees what the mask's own form says: all queries of one that has a single row see what comes later.
+        witness = Witness(make())
+        sequences = [(i, kept.bool()) for i, kept in enumerate(mask)]
+        witness.call(ids, sequences, attention_mask=given, position_ids=positions)
+        assert_saliency(longact, witness)
 
 
 class Opaque(SimpleNamespace):
@@ -541,7 +552,8 @@ def test_a_three_dimensional_bool_mask_could_be_read():
 LAYOUTS = {"flat": lambda x: x.flatten(0, 1), "time first": lambda x: x.transpose(0, 1)}
 
 
-@pytest.mark.parametrize(("layout", "statistic"), [("flat", "absmax"), ("time first", "absmax"), ("time first", "l2")])
+@STATISTICS
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_counts_for_nothing_in_activations_of_another_layout(layout, statistic):
     """Tokens one after the other as [B·T, C], or [T, B, C]: read as what they are or refused."""
     ids, mask = padded(0)
@@ -648,17 +660,21 @@ def test_one_row_of_positions_for_a_whole_batch(positions, ones):
     assert_saliency(longact, witness)
 
 
-def test_bounds_of_packed_sequences_as_the_flattening_collators_give_them():
+@pytest.mark.parametrize("ones", [False, True], ids=["no mask", "a mask of ones"])
+def test_bounds_of_packed_sequences_as_the_flattening_collators_give_them(ones):
     lengths = [5, 3, 4]
     ids, positions, sequences = packed(lengths, 3)
     bounds = torch.tensor([0, 5, 8, 12], dtype=torch.int32)
     inputs = {"position_ids": positions, "use_cache": False}
     more = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=5, max_length_k=5)
+    if ones:
+        more["attention_mask"] = torch.ones(1, T, dtype=torch.long)
     model = tiny_model(attn_implementation="sdpa")
     longact = LongAct(model, statistic="l2")
     loss_of(model(input_ids=ids, **inputs, **more).logits, ids).backward()
     witness = Witness(tiny_model(attn_implementation="sdpa"))
-    witness.call(ids, sequences, **inputs)
+    # With a mask, attention itself does not keep the sequences apart.
+    witness.call(ids, sequences, **inputs, **({"attention_mask": more["attention_mask"]} if ones else {}))
     chosen_from(model, longact)
     assert_saliency(longact, witness)
 
