@@ -15,8 +15,9 @@ from torch.optim.adamw import AdamW, adamw
 from longact_kernels.functional import Axis
 from longact_kernels.ops.sparse_adamw import AdamWPlan
 from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State, params_of
-from longact_kernels.sparse.controller import LongAct, salient_weights
+from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import local
 from longact_kernels.warning import LongActWarning

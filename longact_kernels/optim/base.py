@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from longact_kernels import ops
 from longact_kernels.functional import Axis
 from longact_kernels.sparse import gradients
-from longact_kernels.sparse.controller import LongAct, salient_weights
+from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import is_sharded, local, local_channels, zeros_by_channel
 

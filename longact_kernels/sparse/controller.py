@@ -12,37 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from longact_kernels.sparse import gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
+from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.config import LongActConfig, field_names
 from longact_kernels.sparse.finite import Watch
 from longact_kernels.sparse.flat import Flat
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
-from longact_kernels.sparse.projections import Projection, find_projections
+from longact_kernels.sparse.projections import Projection, check_projections, find_projections
+from longact_kernels.sparse.registry import controllers, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
 from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_sharded
 from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
 from longact_kernels.sparse.statistics import STATISTICS, Measured, Statistics
+from longact_kernels.sparse.stock import Attached
 from longact_kernels.sparse.tokens import Call, tell_tokens
-
-_registry: weakref.WeakValueDictionary[int, LongAct] = weakref.WeakValueDictionary()
-
-
-def controllers() -> list[LongAct]:
-    """Every `LongAct` in use. Threads may make others meanwhile."""
-    return [longact for reference in _registry.valuerefs() if (longact := reference()) is not None]
-
-
-def salient_weights() -> dict[int, tuple[LongAct, SalientLayer]]:
-    """The controller and the layer of every weight that has a salient set, by the id of the parameter.
-
-    Read from the layers at each call: FSDP2 and others replace parameter objects.
-    """
-    return {id(layer.weight): (longact, layer) for longact in controllers() for layer in longact.layers.values()}
 
 
 class LongAct:
@@ -86,7 +73,7 @@ class LongAct:
         self.accumulators: Flat | None = None  # compact gradients, by layer
 
         projections = find_projections(model, config.target_modules)
-        _check_projections(projections)
+        check_projections(projections)
         groups = [groups_of(projection, config.axis) for projection in projections]
         partners = [partners_of(projection, model) for projection in projections] if config.pair_rope else None
         assert config.scope is not None
@@ -95,12 +82,10 @@ class LongAct:
         )
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._masked = False  # whether its sets have been chosen, and its gradients masked
-        self._saved: tuple[list[Tensor], list[tuple[bool, bool]]] | None = None  # what that has changed
         self._bad: Tensor | None = None  # whether its activations are bad, on the device
         self._bad_dense: Tensor | None = None  # and its gradients that were masked, whose names are
         self._dense: list[str] = []
         self._measured: Measured | None = None  # what the next sets are chosen from
-        self._verdict: Tensor | None = None  # that of the step of a stock optimizer
         self._reduced = False  # whether its compact gradients are those of all ranks
         self._shared = False
         self._checked = False
@@ -110,7 +95,7 @@ class LongAct:
         except ValueError:
             self.restore()
             raise
-        _registry[id(self)] = self
+        register(self)
 
     @classmethod
     def paper(cls, model: nn.Module, **options: Any) -> LongAct:
@@ -157,10 +142,10 @@ class LongAct:
         source: list[int] = []  # the place in them of every channel
         taps: defaultdict[str, dict[str, Tap]] = defaultdict(dict)  # by attention module, then kind
         device = projections[0].module.get_parameter("weight").device
-        self._index = torch.full((sum(self._select.sizes),), -1, dtype=torch.int64, device=device)
-        index = self._index.split(self._select.sizes)
+        total = sum(channels for layer in groups for channels, _ in layer)
+        self._chosen = ChosenSets(self._select, total, config.ema, device)
         self._of_tap: list[tuple[Tap, int]] = []
-        for projection, layer, own in zip(projections, groups, index, strict=True):
+        for projection, layer, own in zip(projections, groups, self._chosen.parts(self._chosen.index), strict=True):
             module, start = projection.module, len(source)
             heads = [channels for channels, _ in layer]
             # One segment a kind, in the order of its heads; away from the projection, nothing feeds those of no kind.
@@ -195,13 +180,7 @@ class LongAct:
             self.layers[projection.name] = become_salient(module, salient)
         order = None if config.site == "projection" else torch.tensor(source)
         self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device)
-        self._saliency = torch.zeros(len(source), device=device)
-        self._before = self._index.clone()
-        self._first = self._index.clone()
-        self._widths = torch.tensor([s.channels.stop - s.channels.start for s in self._sets()])
-        self._segments = torch.tensor([s.segments.stop - s.segments.start for s in self._sets()])
-        self._sizes = torch.tensor(self._select.sizes)
-        self._times = torch.zeros(len(self.layers), dtype=torch.int32, device=device)  # how often each set was chosen
+        self._chosen.begin(list(self._sets()))
         self._place(device)
         for path, of_attention in taps.items():
             tap_at = tap_norm if config.site == "norm" else tap_rope
@@ -226,15 +205,8 @@ class LongAct:
         self._statistics.move(device)
         if self.accumulators is not None:
             self.accumulators.move(device)
-        for name in ("_index", "_before", "_first", "_saliency", "_times", "_widths", "_segments", "_sizes"):
-            held = getattr(self, name)
-            if held.is_meta and device.type != "meta":
-                held = torch.full_like(held, 0 if name in ("_saliency", "_times") else -1, device=device)
-            elif device.type != "meta" or name not in ("_widths", "_segments", "_sizes"):  # whose values must stay
-                held = held.to(device)
-            setattr(self, name, held)
-        for salient, index in zip(self._sets(), self._index.split(self._select.sizes), strict=True):
-            salient.index, salient.token = index, torch.zeros(1, device=device)
+        self._chosen.move(device)
+        for salient in self._sets():
             salient.grad = None if self.accumulators is None else self.accumulators.parts[salient.name]
         self.batch.passes = [salient.passes for salient in self._sets()]
         for layer in self.layers.values():
@@ -330,7 +302,7 @@ class LongAct:
         for part in [None] if everything else [salient.segments for salient in dropped]:
             self._statistics.drop(part)
         if everything or not self.batch.present:
-            self._take_back()
+            self._chosen.take_back()
             self.batch.clear()
             self._masked, self._bad, self._bad_dense, self._reduced = False, None, None, False
 
@@ -343,29 +315,6 @@ class LongAct:
         `zero_grad` of the model, of `SalientAdamW` and of attached optimizers calls it.
         """
         self.drop(None if ids is None else [layer for layer in self.layers.values() if id(layer.weight) in ids])
-
-    def _take_back(self, bad: Tensor | None = None) -> None:
-        """Undoes a choice that was made from a batch which is dropped, or whose step has changed nothing.
-
-        Args:
-            bad: a flag on the device; without it, undo in any case.
-        """
-        if self._saved is None:
-            return
-        tensors, flags = self._saved
-        for held, old in zip(self._chosen_tensors(), tensors, strict=True):
-            held.copy_(old if bad is None else torch.where(bad != 0, old, held))
-        # Only a first set asks the host to wait.
-        if [chosen for chosen, _ in flags] == [s.chosen for s in self._sets()] and bad is not None:
-            return
-        if bad is None or bad:
-            for salient, (chosen, active) in zip(self._sets(), flags, strict=True):
-                salient.chosen, salient.active = chosen, active
-        self._saved = None
-
-    def _chosen_tensors(self) -> tuple[Tensor, ...]:
-        """All that choosing sets writes."""
-        return self._index, self._before, self._first, self._saliency, self._times
 
     # Selection
 
@@ -384,41 +333,6 @@ class LongAct:
     def idle(self) -> bool:
         """Whether there is no set yet, and nothing to choose one from."""
         return not any(s.chosen for s in self._sets()) and not self.batch.present
-
-    def _choose(self, measured: Measured, among: list[bool] | None = None) -> None:
-        """Chooses salient sets anew; those of layers that no activation reached stay.
-
-        Args:
-            measured: what they are chosen from.
-            among: for each layer whether its set is to be chosen; all if not given.
-        """
-        fed = torch.segment_reduce(measured.fed.float(), "max", lengths=self._segments) > 0
-        if among is not None:
-            fed &= torch.tensor(among, device=fed.device)
-        if self._bad is not None:
-            fed &= self._bad == 0
-        saliency = measured.value
-        again = fed & (self._times > 0)
-        if self.config.ema:
-            averaged = self._saliency.lerp(saliency, 1 - self.config.ema)
-            saliency = torch.where(self._by_channel(again), averaged, saliency)
-        self._saliency.copy_(torch.where(self._by_channel(fed), saliency, self._saliency))
-        index = self._select(self._saliency, self._steps)
-        fed_slots, new_slots = (
-            flags.repeat_interleave(self._sizes, output_size=len(index)) for flags in (fed, fed & (self._times == 0))
-        )
-        self._before.copy_(torch.where(fed_slots, self._index, self._before))
-        self._index.copy_(torch.where(fed_slots, index, self._index))
-        self._first.copy_(torch.where(new_slots, index, self._first))
-        self._times += fed
-        for salient in self._sets():
-            salient.version += 1
-        if not all(s.chosen for s in self._sets()):
-            for salient, reached in zip(self._sets(), fed.tolist(), strict=True):
-                salient.chosen |= reached
-
-    def _by_channel(self, of_layers: Tensor) -> Tensor:
-        return of_layers.repeat_interleave(self._widths, output_size=len(self._saliency))
 
     # One optimizer step
 
@@ -478,8 +392,9 @@ class LongAct:
         among = [not layer.salient.active for layer in layers]
         if not any(among):
             return
-        self._saved = [held.clone() for held in self._chosen_tensors()], [(s.chosen, s.active) for s in self._sets()]
-        self._choose(self._statistics.measure("batch", all_reduce), None if all(among) else among)
+        self._chosen.save()
+        measured = self._statistics.measure("batch", all_reduce)
+        self._chosen.choose(measured, self._steps, None if all(among) else among, self._bad)
         for layer, dense in zip(layers, among, strict=True):
             if not dense:
                 continue
@@ -503,7 +418,7 @@ class LongAct:
 
     def _bad_layers(self) -> Tensor:
         """Bool [layers]: whether the batch has NaN or Inf activations, on any rank."""
-        flags = torch.segment_reduce(self._statistics.bad().float(), "max", lengths=self._segments)
+        flags = self._chosen.by_layer(self._statistics.bad()).float()
         all_reduce(flags, "max")
         return flags > 0
 
@@ -530,7 +445,7 @@ class LongAct:
         """
         if self.config.nonfinite == "off":
             return None
-        device = self._index.device
+        device = self._chosen.device
         found = gradients.nonfinite(grads) if grads else torch.zeros(0, dtype=torch.bool, device=device)
         if any(map(is_sharded, grads)):
             shared = found.int()
@@ -564,7 +479,7 @@ class LongAct:
         """
         first = not self._stepped
         if first and bad is not None:
-            self._take_back(bad)
+            self._chosen.take_back(bad)
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
@@ -581,7 +496,7 @@ class LongAct:
             if self.config.selection == "lagged" and due:
                 self._measured = self._measured_period()
             self.batch.clear()
-            self._saved = None
+            self._chosen.forget()
             for salient in self._sets():
                 salient.active = salient.chosen and (self.config.selection == "lagged" or not due)
             if self.frozen:
@@ -620,7 +535,7 @@ class LongAct:
         self._masked = self._reduced = self._checked = False
         self._bad = self._bad_dense = None
         if self._measured is not None:
-            self._choose(self._measured)
+            self._chosen.choose(self._measured, self._steps)
             self._measured = None
         if self.config.grad == "compact":
             self._accumulate()
@@ -641,7 +556,7 @@ class LongAct:
             self.watch.post(flags, self._names, self._steps + 1)
         self._bad = None if self.config.nonfinite == "off" else flags.any()
         self._statistics.commit(self._bad)
-        self._choose(self._measured_period())
+        self._chosen.choose(self._measured_period(), self._steps, bad=self._bad)
         self._bad = None
         for salient in self._sets():
             salient.active = salient.chosen and self.config.selection == "lagged"
@@ -651,7 +566,7 @@ class LongAct:
         if not self.layers:
             return
         device = next(iter(self.layers.values())).weight.device
-        if self._index.device != device or not self._placed:
+        if self._chosen.device != device or not self._placed:
             self._place(device)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -676,64 +591,7 @@ class LongAct:
             )
         if getattr(optimizer, "_longact", None) is self:
             return
-        optimizer._longact = self  # type: ignore[attr-defined]
-        TellingZeroGrad(optimizer, partial(self._zeroed_by, optimizer))
-        optimizer.register_step_pre_hook(self._before_stock)
-        optimizer.register_step_post_hook(self._after_stock)
-        optimizer.register_state_dict_post_hook(self._save_beside)
-        optimizer.register_load_state_dict_post_hook(self._load_beside)
-        self._load_beside(optimizer)  # what was loaded before
-
-    def _zeroed_by(self, optimizer: torch.optim.Optimizer) -> None:
-        self.zeroed({id(p) for group in optimizer.param_groups for p in group["params"]})
-
-    def _before_stock(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
-        if not self.layers:
-            return None  # restored
-        self.begin_step(optimizer)
-        # The optimizer itself is the first of a step's arguments.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._prepare_stock(optimizer)
-            return None
-
-        def masked_closure() -> Any:
-            loss = closure()
-            self._prepare_stock(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], masked_closure, *args[2:]), kwargs
-        return args, {**kwargs, "closure": masked_closure}
-
-    @torch.no_grad()
-    def _prepare_stock(self, optimizer: torch.optim.Optimizer) -> None:
-        """Masks gradients, and takes away bad ones: an optimizer passes over parameters without a gradient."""
-        self.mask_gradients()
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        scaled = getattr(optimizer, "found_inf", None) is not None
-        self._verdict = None if scaled else self.verdict([p.grad for p in params], lambda i: self.name_of(params[i]))
-        if self._verdict is not None and self._verdict:
-            for p in params:
-                p.grad = None
-        ids = {id(p) for p in params}
-        for layer in self.layers.values():
-            if layer.salient.chosen and id(layer.weight) in ids:
-                gradients.mask_(layer)  # also what did not come through the layer
-
-    def _after_stock(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self.layers:
-            self.end_step(optimizer, getattr(optimizer, "found_inf", None) if self._verdict is None else self._verdict)
-
-    def _save_beside(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        saved["param_groups"][0]["longact"] = {s.name: self.state_for(s) for s in self._sets()}
-
-    def _load_beside(self, optimizer: torch.optim.Optimizer) -> None:
-        saved = optimizer.param_groups[0].pop("longact", None) or {}
-        for salient in self._sets() if saved else ():
-            self.check_state_for(salient, saved.get(salient.name, {}))
-        for salient in self._sets() if saved else ():
-            self.load_state_for(salient, saved[salient.name])
+        Attached(self, optimizer)
 
     # Compact gradients
 
@@ -759,7 +617,7 @@ class LongAct:
             for salient in self._sets():
                 if not salient.has_grad:
                     self.accumulators.parts[salient.name].zero_()
-            anywhere = torch.tensor([s.has_grad for s in self._sets()], dtype=torch.int32, device=self._index.device)
+            anywhere = torch.tensor([s.has_grad for s in self._sets()], dtype=torch.int32, device=self._chosen.device)
             all_reduce(anywhere, "max")
             if not all(s.has_grad for s in self._sets()):
                 for salient, has_grad in zip(self._sets(), anywhere.tolist(), strict=True):
@@ -808,19 +666,13 @@ class LongAct:
         """The statistic [channels] that the set of layer `name` was last chosen from; None before there is one."""
         self.settle()
         salient = self.layers[name].salient
-        return self._saliency[salient.channels] if salient.chosen else None
+        return self._chosen.saliency[salient.channels] if salient.chosen else None
 
     @property
     def churn(self) -> dict[str, float]:
         """By layer, 1 − Jaccard overlap of the set with the one before; empty until there are two."""
         self.settle()
-        return {
-            s.name: 1 - jaccard(s.index, before)
-            for s, before, times in zip(
-                self._sets(), self._before.split(self._select.sizes), self._times.tolist(), strict=True
-            )
-            if times > 1
-        }
+        return {s.name: 1 - jaccard(s.index, before) for s, before, _ in self._chosen.history() if before is not None}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What there is to know of every layer, as plain numpy arrays and numbers.
@@ -831,12 +683,9 @@ class LongAct:
             are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
         """
         self.settle()
-        sizes, times = self._select.sizes, self._times.tolist()
-        sets = zip(self._sets(), self._before.split(sizes), self._first.split(sizes), times, strict=True)
+        saliency = self._chosen.saliency
         return {
-            s.name: layer_report(s, self._saliency[s.channels], before if times > 1 else None, first)
-            for s, before, first, times in sets
-            if s.chosen
+            s.name: layer_report(s, saliency[s.channels], before, first) for s, before, first in self._chosen.history()
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -883,7 +732,7 @@ class LongAct:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a model has a controller of its own, the copy of this one."""
         self.__dict__.update(state)
-        _registry[id(self)] = self
+        register(self)
 
     # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
 
@@ -895,7 +744,7 @@ class LongAct:
             "salient_steps": torch.tensor(self.steps),
             "salient_flags": torch.tensor([salient.active, False, salient.chosen]),
             "salient_rows": salient.index.clone(),
-            "salient_saliency": self._saliency[salient.channels].clone(),
+            "salient_saliency": self._chosen.saliency[salient.channels].clone(),
             **{name: part.clone() for name, part in period.items()},
         }
 
@@ -923,17 +772,13 @@ class LongAct:
         self._stepped = []
         self.batch.clear()
         self._statistics.drop(salient.segments)
-        self._saved, self._masked = None, False
+        self._chosen.forget()
+        self._masked = False
         self._steps = int(state["salient_steps"])
         active, _, chosen = map(bool, state["salient_flags"].tolist())
         salient.active, salient.chosen, salient.has_grad = active, chosen, False
         if chosen:
-            salient.index.copy_(state["salient_rows"])
-            salient.version += 1
-            place = list(self.layers).index(salient.name)
-            self._first.split(self._select.sizes)[place].copy_(salient.index)
-            self._times[place] = 1
-            self._saliency[salient.channels] = state["salient_saliency"].to(self._saliency)
+            self._chosen.load(salient, state["salient_rows"], state["salient_saliency"])
         for name, part in self._statistics.state(salient.channels, salient.segments).items():
             part.copy_(state[name])
         if self.config.grad == "compact":
@@ -943,53 +788,3 @@ class LongAct:
 
 def _nothing(*_: Any) -> None:
     pass
-
-
-def _check_projections(projections: list[Projection]) -> None:
-    """What our forward, our kernels and one buffer for all layers need of the layers.
-
-    Raises:
-        ValueError: if a layer lacks it; the message names the layer.
-    """
-    remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
-    if len(devices := {str(one.module.get_parameter("weight").device) for one in projections}) > 1:
-        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
-    for one in projections:
-        weight = one.module.get_parameter("weight")
-        if "forward" in vars(one.module):
-            raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"model: the weight of {one.name} is {weight.dtype}; needed float32, bfloat16 or float16, such as "
-                "model.float()"
-            )
-        if not is_sharded(weight) and weight.shape[1] > 1 and weight.stride(1) != 1:
-            raise ValueError(
-                f"model: the weight of {one.name} has strides {tuple(weight.stride())}; needed rows contiguous: "
-                "layer.weight.data = layer.weight.data.contiguous()"
-            )
-
-
-def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Before any optimizer's step: one that we do not know of would train salient weights densely."""
-    if getattr(optimizer, "steps_salient_weights", False) or not _registry:
-        return
-    known = getattr(optimizer, "_longact", None)
-    salient = salient_weights()
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) in salient and p.requires_grad and salient[id(p)][0] is not known:
-                raise RuntimeError(
-                    f"LongAct: a {type(optimizer).__name__} that knows nothing of it is about to train "
-                    f"{salient[id(p)][1].salient.name} densely; call longact.attach(optimizer), or use SalientAdamW"
-                )
-
-
-def _note_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """After any optimizer's step."""
-    for longact in controllers():
-        longact.batch.stepped(p for group in optimizer.param_groups for p in group["params"])
-
-
-register_optimizer_step_pre_hook(_refuse_strangers)
-register_optimizer_step_post_hook(_note_step)

@@ -11,7 +11,7 @@ import torch
 from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.sparse.controller import salient_weights
+from longact_kernels.sparse.registry import salient_weights
 
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 

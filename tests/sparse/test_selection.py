@@ -68,7 +68,7 @@ def test_sets_are_those_of_the_plain_transcription(layers, density, scope, strat
     # Quarters: many ties, and means without rounding.
     saliency = torch.randint(0, 16, (n,), generator=torch.Generator().manual_seed(seed)) / 4
     selection = Selection(layers, density, scope, strategy, 1.0, 0)
-    sets = selection(saliency, 0)
+    sets = selection(saliency, 0).split(selection.sizes)
     assert [len(rows) for rows in sets] == selection.sizes
     wanted = expected(layers, saliency.tolist(), density, scope, strategy)
     for rows, chosen in zip(sets, wanted, strict=True):
@@ -81,8 +81,8 @@ def test_random_takes_any_channels_the_same_ones_at_every_run():
     draws = []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         selection = Selection(layers, 0.25, "head", "random", 1.0, seed)
-        draws.append(torch.cat(selection(torch.zeros(28), step)).tolist())
-        q, k = selection(torch.zeros(28), step)
+        draws.append(selection(torch.zeros(28), step).tolist())
+        q, k = selection(torch.zeros(28), step).split(selection.sizes)
         assert [int(((q >= a) & (q < b)).sum()) for a, b in ((0, 8), (8, 16), (16, 20))] == [2, 2, 4] and len(k) == 2
     assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]
 
@@ -96,18 +96,18 @@ def test_rotary_pairs_enter_together_by_the_larger_of_their_saliencies(scope):
     saliency[16:] = saliency[:16] / 8
     layers = [[(8, "q"), (8, "q")], [(8, "k"), (8, "k")]]
     selection = Selection(layers, 0.25, scope, "top", 1.0, 0, [partners, partners])
-    first, second = (rows[rows >= 0].tolist() for rows in selection(saliency, 0))
+    first, second = (rows[rows >= 0].tolist() for rows in selection(saliency, 0).split(selection.sizes))
     assert first == {"head": [1, 5, 8, 12], "layer": [1, 2, 5, 6], "model": [1, 2, 5, 6, 8, 9, 12, 13]}[scope]
     assert second == {"head": [1, 5, 8, 12], "layer": [1, 2, 5, 6], "model": []}[scope]
 
 
 def test_a_tie_splits_no_pair():
     partners = torch.tensor([2, 3, 0, 1])
-    (rows,) = Selection([[(4, "q")]], 0.5, "head", "top", 1.0, 0, [partners])(torch.ones(4), 0)
+    rows = Selection([[(4, "q")]], 0.5, "head", "top", 1.0, 0, [partners])(torch.ones(4), 0)
     assert rows.tolist() == [0, 2]
 
 
 def test_a_threshold_that_nothing_reaches_leaves_empty_slots():
     selection = Selection([[(4, "q"), (2, None)], [(4, "k")]], 0.5, "head", "threshold", 1.0, 0)
-    sets = selection(torch.tensor([1.0, 1, 1, 1, 9, 9, 0, 0, 4, 0]), 0)
+    sets = selection(torch.tensor([1.0, 1, 1, 1, 9, 9, 0, 0, 4, 0]), 0).split(selection.sizes)
     assert [rows.tolist() for rows in sets] == [[-1, -1, 4, 5], [-1, 2]]

@@ -1,0 +1,90 @@
+"""A stock optimizer whose steps see masked gradients, and move a controller's sets on: the paper's literal form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longact_kernels.sparse import gradients
+from longact_kernels.sparse.batch import TellingZeroGrad
+
+
+class Attached:
+    """What connects an optimizer with a controller, by the optimizer's hooks.
+
+    Args:
+        longact: the controller.
+        optimizer: of torch, or like torch's.
+    """
+
+    def __init__(self, longact: Any, optimizer: Any):
+        self.longact = longact
+        self.verdict: Tensor | None = None  # that of the step under way
+        optimizer._longact = longact
+        TellingZeroGrad(optimizer, lambda: longact.zeroed(_ids(optimizer)))
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+        optimizer.register_state_dict_post_hook(self._save)
+        optimizer.register_load_state_dict_post_hook(self._load)
+        self._load(optimizer)  # what was loaded before
+
+    def _before(self, optimizer: Any, args: tuple, kwargs: dict) -> Any:
+        if not self.longact.layers:
+            return None  # restored
+        self.longact.begin_step(optimizer)
+        # The optimizer itself is the first of a step's arguments.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._prepare(optimizer)
+            return None
+
+        def masked_closure() -> Any:
+            loss = closure()
+            self._prepare(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], masked_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": masked_closure}
+
+    @torch.no_grad()
+    def _prepare(self, optimizer: Any) -> None:
+        """Masks gradients, and takes away bad ones: an optimizer passes over parameters without a gradient."""
+        longact = self.longact
+        longact.mask_gradients()
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        scaled = getattr(optimizer, "found_inf", None) is not None
+        grads = [p.grad for p in params]
+        self.verdict = None if scaled else longact.verdict(grads, lambda i: longact.name_of(params[i]))
+        if self.verdict is not None and self.verdict:
+            for p in params:
+                p.grad = None
+        ids = set(map(id, params))
+        for layer in longact.layers.values():
+            if layer.salient.chosen and id(layer.weight) in ids:
+                gradients.mask_(layer)  # also what did not come through the layer
+
+    def _after(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        if self.longact.layers:
+            bad = getattr(optimizer, "found_inf", None) if self.verdict is None else self.verdict
+            self.longact.end_step(optimizer, bad)
+
+    def _save(self, optimizer: Any, saved: dict[str, Any]) -> None:
+        longact = self.longact
+        saved["param_groups"][0]["longact"] = {
+            name: longact.state_for(layer.salient) for name, layer in longact.layers.items()
+        }
+
+    def _load(self, optimizer: Any) -> None:
+        saved = optimizer.param_groups[0].pop("longact", None) or {}
+        sets = [layer.salient for layer in self.longact.layers.values()] if saved else []
+        for salient in sets:
+            self.longact.check_state_for(salient, saved.get(salient.name, {}))
+        for salient in sets:
+            self.longact.load_state_for(salient, saved[salient.name])
+
+
+def _ids(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
