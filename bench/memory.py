@@ -64,8 +64,8 @@ def training_step(model, backward: Callable, options: dict | None) -> Step:
             kept["longact"].settle()
 
     held, _ = allocated(first_step)
-    compact = kept["longact"].accumulators if options is not None else None
-    accumulators = 0 if compact is None else compact.buffer.nbytes
+    compact = kept["longact"].compact if options is not None else None
+    accumulators = 0 if compact is None else compact.flat.buffer.nbytes
     left, peak = allocated(backward)
     _, updating = allocated(kept["optimizer"].step)
     gradients = left + accumulators

@@ -58,6 +58,17 @@ class RunningStats(NamedTuple):
                 self.sequences.add_(sumsq.any(1).sum())
 
 
+class Merges(Protocol):
+    """What takes the statistics of an activation in, when its gradient comes."""
+
+    @property
+    def l2(self) -> bool:
+        """Whether sums of squares are needed."""
+
+    def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
+        """Takes them in, as `channel_stats` returns them."""
+
+
 class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, stats, mask, cu_seqlens, channels):
@@ -74,7 +85,7 @@ class _Observe(torch.autograd.Function):
 
 def observe(
     y: Tensor,
-    stats: RunningStats,
+    stats: Merges,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     channels: Tensor | None = None,

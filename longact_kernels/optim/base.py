@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
     weight: Tensor
     grad: Tensor
-    index: Tensor
+    channels: Tensor
     state: dict[str, Tensor]
 
 
@@ -162,7 +162,7 @@ class SalientOptimizer(Optimizer, ABC):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             # GradScaler looks at gradients itself, but for compact ones.
-            compact = [grad for longact in controllers for grad in longact.compact_grads()]
+            compact = [grad for longact in controllers if longact.compact for grad in longact.compact.present()]
             if compact and grad_scale is None:
                 raise RuntimeError(
                     "grad: GradScaler.unscale_() cannot see compact gradients; leave unscaling to GradScaler.step(), "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from longact_kernels.sparse import gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
+from longact_kernels.sparse.compact import CompactGradients
 from longact_kernels.sparse.config import LongActConfig, field_names
 from longact_kernels.sparse.finite import Watch
-from longact_kernels.sparse.flat import Flat
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import Projection, check_projections, find_projections
 from longact_kernels.sparse.registry import controllers, register
@@ -70,7 +69,7 @@ class LongAct:
         self.call = Call(self._call_begins, self.check_trains)
         self.batch = Batch(self.settle, self._drop_zeroed)
         self.watch = Watch(config.nonfinite)
-        self.accumulators: Flat | None = None  # compact gradients, by layer
+        self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
         check_projections(projections)
@@ -86,8 +85,6 @@ class LongAct:
         self._bad_dense: Tensor | None = None  # and its gradients that were masked, whose names are
         self._dense: list[str] = []
         self._measured: Measured | None = None  # what the next sets are chosen from
-        self._reduced = False  # whether its compact gradients are those of all ranks
-        self._shared = False
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -188,14 +185,15 @@ class LongAct:
         self._undo += tell_tokens(self.model, self.call)
         self._undo.append(TellingZeroGrad(self.model, self.zeroed).undo)
         if config.grad == "compact":
-            ignored = [f"{name}.weight" for name in self.layers]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ignored)
-            self._undo.append(partial(delattr, self.model, "_ddp_params_and_buffers_to_ignore"))
-            hooks = [layer.register_forward_pre_hook(self._share_weights) for layer in self.layers.values()]
-            self._undo += [hook.remove for hook in hooks]
+            self.compact = CompactGradients(self.model, self.layers)
+            self._undo += self.compact.undo()
+            self.compact.place(device)
 
     def _sets(self) -> Iterator[SalientSet]:
         return (layer.salient for layer in self.layers.values())
+
+    def _weights(self) -> Iterator[tuple[SalientSet, Tensor]]:
+        return ((layer.salient, layer.weight) for layer in self.layers.values())
 
     # Where things lie
 
@@ -203,29 +201,15 @@ class LongAct:
         """Puts all that a step needs on the device of the weights, and views of it where they are used."""
         self._placed = True
         self._statistics.move(device)
-        if self.accumulators is not None:
-            self.accumulators.move(device)
         self._chosen.move(device)
-        for salient in self._sets():
-            salient.grad = None if self.accumulators is None else self.accumulators.parts[salient.name]
+        if self.compact is not None:
+            self.compact.place(device)
         self.batch.passes = [salient.passes for salient in self._sets()]
         for layer in self.layers.values():
             # Of a sharded parameter, gradients come and go with every backward that is accumulated.
             whole = self.config.grad == "full" and not is_sharded(layer.weight)
             layer.salient.passes.own = layer.weight if whole else None
-        if self.config.grad == "compact":
-            self._look_near()
         self._connect()
-
-    def _look_near(self) -> None:
-        """Tells layers whose weights get no gradient which parameters about them do: those of their block, then all."""
-        salient = {id(layer.weight) for layer in self.layers.values()}
-        everywhere = sorted((p for p in self.model.parameters() if id(p) not in salient), key=Tensor.numel)
-        for name, layer in self.layers.items():
-            block = self.model.get_submodule(".".join(name.split(".")[:-2]))
-            inside = {id(p) for p in block.parameters()}
-            near = [p for p in everywhere if id(p) in inside], [p for p in everywhere if id(p) not in inside]
-            layer.salient.passes.near = [p for part in near for p in part if not is_sharded(p)]
 
     def _connect(self) -> None:
         """Tells layers, or taps, what to merge their statistics into."""
@@ -234,15 +218,6 @@ class LongAct:
                 salient.stats = None if self.frozen else self._statistics.running(salient.segments.start)
         for tap, segment in self._of_tap:
             tap.stats = None if self.frozen else self._statistics.running(segment)
-
-    def _share_weights(self, *_: Any) -> None:
-        """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
-        if self._shared or not is_distributed():
-            return
-        self._shared = True
-        for layer in self.layers.values():
-            if not is_sharded(layer.weight):
-                torch.distributed.broadcast(layer.weight.data, 0)
 
     def check(self) -> None:
         """Whether the layers are where they were, and can train.
@@ -262,7 +237,8 @@ class LongAct:
                     f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
                     "before LongAct is made (they train densely beside it), or train without LongAct"
                 )
-        self._check_whole()
+        if self.compact is not None:
+            self.compact.check()
         self._checked = True
 
     def check_trains(self) -> None:
@@ -272,11 +248,6 @@ class LongAct:
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
             )
-
-    def _check_whole(self) -> None:
-        # FSDP's root puts its own weights together before the model's forward: only in a step do all show.
-        if self.config.grad == "compact" and any(is_sharded(layer.weight) for layer in self.layers.values()):
-            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
 
     def _call_begins(self) -> None:
         if not self._checked:
@@ -304,7 +275,9 @@ class LongAct:
         if everything or not self.batch.present:
             self._chosen.take_back()
             self.batch.clear()
-            self._masked, self._bad, self._bad_dense, self._reduced = False, None, None, False
+            self._masked, self._bad, self._bad_dense = False, None, None
+            if self.compact is not None:
+                self.compact.reduced = False
 
     def _drop_zeroed(self, zeroed: list[Pass]) -> None:
         self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
@@ -351,7 +324,10 @@ class LongAct:
         if any(stepped() is optimizer for stepped in self._stepped):
             self.settle()
         self.watch.look()
-        self._check_whole() if self._checked else self.check()
+        if not self._checked:
+            self.check()
+        elif self.compact is not None:
+            self.compact.check()
         self.check_trains()
 
     @torch.no_grad()
@@ -377,8 +353,8 @@ class LongAct:
         if self.idle and not is_distributed():
             self._raise_idle()
         self._masked = True
-        if self.config.grad == "compact":
-            self._reduce()
+        if self.compact is not None:
+            self.compact.reduce()
         if self.config.nonfinite != "off":
             flags = self._bad_layers()
             if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
@@ -386,9 +362,9 @@ class LongAct:
                 self.watch.post(flags, self._names, self._steps + 1)
             self._bad = flags.any()
             # Masking would hide some of them.
-            dense = [layer for layer in layers if not layer.salient.active and layer.weight.grad is not None]
-            self._bad_dense = gradients.nonfinite([layer.weight.grad for layer in dense]) if dense else None
-            self._dense = [f"{layer.salient.name}.weight" for layer in dense]
+            grads = {s.name: p.grad for s, p in self._weights() if not s.active and p.grad is not None}
+            self._bad_dense = gradients.nonfinite(grads.values()) if grads else None
+            self._dense = [f"{name}.weight" for name in grads]
         among = [not layer.salient.active for layer in layers]
         if not any(among):
             return
@@ -532,13 +508,13 @@ class LongAct:
             return
         self._stepped = []
         self._steps += 1
-        self._masked = self._reduced = self._checked = False
+        self._masked = self._checked = False
         self._bad = self._bad_dense = None
         if self._measured is not None:
             self._chosen.choose(self._measured, self._steps)
             self._measured = None
-        if self.config.grad == "compact":
-            self._accumulate()
+        if self.compact is not None:
+            self.compact.begin_step()
 
     def refresh(self) -> None:
         """Chooses every layer's salient set now, from the statistics since the last refresh, and starts them anew.
@@ -592,40 +568,6 @@ class LongAct:
         if getattr(optimizer, "_longact", None) is self:
             return
         Attached(self, optimizer)
-
-    # Compact gradients
-
-    def compact_grads(self) -> list[Tensor]:
-        """Those that backward has put somewhere since they were last zeroed."""
-        return [s.grad for s in self._sets() if s.grad is not None and s.has_grad]
-
-    def _accumulate(self) -> None:
-        """Has backward put the gradients of sets into accumulators from now on."""
-        if self.accumulators is None and any(s.chosen for s in self._sets()):
-            self.accumulators = gradients.accumulators(self.layers, self._statistics.device)
-        if self.accumulators is not None:
-            for salient in self._sets():
-                salient.grad, salient.has_grad = self.accumulators.parts[salient.name], False
-
-    def _reduce(self) -> None:
-        """Averages the gradients of all ranks, once a step."""
-        if self._reduced or not is_distributed():
-            return
-        self._reduced = True
-        grads = [layer.weight.grad for layer in self.layers.values() if layer.weight.grad is not None]
-        if self.accumulators is not None:
-            for salient in self._sets():
-                if not salient.has_grad:
-                    self.accumulators.parts[salient.name].zero_()
-            anywhere = torch.tensor([s.has_grad for s in self._sets()], dtype=torch.int32, device=self._chosen.device)
-            all_reduce(anywhere, "max")
-            if not all(s.has_grad for s in self._sets()):
-                for salient, has_grad in zip(self._sets(), anywhere.tolist(), strict=True):
-                    salient.has_grad = bool(has_grad)
-            grads.append(self.accumulators.buffer)
-        for grad in grads:
-            all_reduce(grad, "sum")
-            grad.div_(torch.distributed.get_world_size())
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -781,8 +723,8 @@ class LongAct:
             self._chosen.load(salient, state["salient_rows"], state["salient_saliency"])
         for name, part in self._statistics.state(salient.channels, salient.segments).items():
             part.copy_(state[name])
-        if self.config.grad == "compact":
-            self._accumulate()
+        if self.compact is not None:
+            self.compact.begin_step()
         self._connect()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from longact_kernels.sparse.flat import Flat
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.sharding import local, local_mask
 
@@ -22,15 +21,6 @@ def mask_(layer: SalientLayer) -> None:
     outside[salient.index] = False
     outside = local_mask(weight, outside[:-1], salient.dim)
     local(weight.grad).masked_fill_(outside.unsqueeze(1 - salient.dim), 0)
-
-
-def accumulators(layers: Mapping[str, SalientLayer], device: torch.device) -> Flat:
-    """fp32 tensors for the salient channels' gradients of every layer."""
-    shapes = {}
-    for name, layer in layers.items():
-        shapes[name] = list(layer.weight.shape)
-        shapes[name][layer.salient.dim] = layer.salient.size
-    return Flat(shapes, device)
 
 
 def compact_grad(layer: SalientLayer) -> Tensor | None:

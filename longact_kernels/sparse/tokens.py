@@ -60,12 +60,10 @@ class Tokens:
             begins = torch.ones_like(positions, dtype=torch.bool)
             begins[..., 1:] = positions[..., 1:] <= positions[..., :-1]
             begins = begins.flatten()
-            begins[:: self.positions.shape[1]] = True
+            begins[:: x.shape[-2] if x.ndim > 2 else self.positions.shape[1]] = True
             bounds = torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
-        if bounds is None and l2 and mask is not None and mask.ndim == 1 and len(self.mask) > 1:
-            bounds = torch.arange(
-                0, mask.numel() + 1, self.mask.shape[1], device=mask.device
-            )  # rows, one behind another
+        if bounds is None and l2 and mask is not None and mask.ndim == 1 and self.mask is not None:
+            bounds = torch.arange(0, len(mask) + 1, self.mask.shape[1], device=mask.device)  # rows, one behind another
         return (mask if mask is None or bounds is None else mask.flatten()), bounds
 
     @staticmethod
@@ -222,7 +220,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 def _mark(outputs: Any, tokens: Tokens) -> None:
     """Leaves a call's tokens on the nodes of its graph that may repeat a block in backward (reentrant checkpoints)."""
-    waiting = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
+    waiting: list[Any] = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
     seen = set()
     while waiting:
         node = waiting.pop()

@@ -102,7 +102,7 @@ def test_zero_grad_clears_the_accumulators():
     optimizer = SalientAdamW(model.parameters(), longact=longact)
     backward(model, tokens())
     optimizer.zero_grad()
-    assert longact.compact_grads() == []
+    assert longact.compact.present() == []
 
 
 def test_what_it_does_not_go_with_is_said():

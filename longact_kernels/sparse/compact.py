@@ -1,0 +1,106 @@
+"""Compact gradients: fp32 sums of the salient channels' gradients alone, outside of `weight.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from longact_kernels.sparse.flat import Flat
+from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_sharded
+
+
+class CompactGradients:
+    """The accumulators of all layers, in one flat buffer, and their average over the ranks.
+
+    Args:
+        model: the model.
+        layers: its layers with a salient set, by name.
+
+    Attributes:
+        flat: the accumulators by layer; None before there is a set.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer]):
+        self.model, self.layers = model, layers
+        self.flat: Flat | None = None
+        self.reduced = False  # whether they are those of all ranks
+        self._shared = False
+        ignored = [f"{name}.weight" for name in layers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        self._hooks = [layer.register_forward_pre_hook(self._share_weights) for layer in layers.values()]
+
+    def undo(self) -> list[Callable[[], Any]]:
+        """What leaves the model as it was."""
+        ignored = partial(delattr, self.model, "_ddp_params_and_buffers_to_ignore")
+        return [ignored, *(hook.remove for hook in self._hooks)]
+
+    def check(self) -> None:
+        """Raises ValueError for sharded weights. FSDP's root shows its own as such only outside of a forward."""
+        if any(is_sharded(layer.weight) for layer in self.layers.values()):
+            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+
+    def _share_weights(self, *_: Any) -> None:
+        """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
+        if self._shared or not is_distributed():
+            return
+        self._shared = True
+        for layer in self.layers.values():
+            if not is_sharded(layer.weight):
+                torch.distributed.broadcast(layer.weight.data, 0)
+
+    def place(self, device: torch.device) -> None:
+        """Puts the accumulators on a device; tells layers where theirs are, and what gets a gradient beside them."""
+        if self.flat is not None:
+            self.flat.move(device)
+        salient = {id(layer.weight) for layer in self.layers.values()}
+        everywhere = sorted((p for p in self.model.parameters() if id(p) not in salient), key=Tensor.numel)
+        for name, layer in self.layers.items():
+            layer.salient.grad = None if self.flat is None else self.flat.parts[name]
+            block = {id(p) for p in self.model.get_submodule(".".join(name.split(".")[:-2])).parameters()}
+            inside, outside = ([p for p in everywhere if (id(p) in block) == within] for within in (True, False))
+            layer.salient.passes.near = [*inside, *outside]
+
+    def begin_step(self) -> None:
+        """Has backward put the gradients of sets into accumulators from now on."""
+        self.reduced = False
+        if self.flat is None and any(layer.salient.chosen for layer in self.layers.values()):
+            shapes = {}
+            for name, layer in self.layers.items():
+                shapes[name] = list(layer.weight.shape)
+                shapes[name][layer.salient.dim] = layer.salient.size
+            self.flat = Flat(shapes, next(iter(self.layers.values())).weight.device)
+        if self.flat is not None:
+            for name, layer in self.layers.items():
+                layer.salient.grad, layer.salient.has_grad = self.flat.parts[name], False
+
+    def present(self) -> list[Tensor]:
+        """Those that backward has put somewhere since they were last zeroed."""
+        sets = (layer.salient for layer in self.layers.values())
+        return [salient.grad for salient in sets if salient.grad is not None and salient.has_grad]
+
+    def reduce(self) -> None:
+        """Averages the gradients of all ranks, once a step: those of weights that DistributedDataParallel ignores."""
+        if self.reduced or not is_distributed():
+            return
+        self.reduced = True
+        grads = [layer.weight.grad for layer in self.layers.values() if layer.weight.grad is not None]
+        if self.flat is not None:
+            sets = [layer.salient for layer in self.layers.values()]
+            for salient in sets:
+                if not salient.has_grad:
+                    self.flat.parts[salient.name].zero_()
+            anywhere = torch.tensor([s.has_grad for s in sets], dtype=torch.int32, device=self.flat.buffer.device)
+            all_reduce(anywhere, "max")
+            if not all(salient.has_grad for salient in sets):
+                for salient, has_grad in zip(sets, anywhere.tolist(), strict=True):
+                    salient.has_grad = bool(has_grad)
+            grads.append(self.flat.buffer)
+        for grad in grads:
+            all_reduce(grad, "sum")
+            grad.div_(torch.distributed.get_world_size())
