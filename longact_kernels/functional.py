@@ -4,7 +4,7 @@ Each op's docstring gives the equivalent torch code. `sparse_adamw_` and `carry_
 return new ones; only `salient_linear` and `observe` are differentiable.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -136,6 +136,11 @@ class _Given:
         return None if self.grad is None else (self.grad, True)
 
 
+def _reaches(node: Any) -> bool:
+    """Whether the backward under way goes on to a node; None stands for an input without a gradient."""
+    return node is None or torch.compiler.is_compiling() or torch._C._will_engine_execute_node(node)
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, l2, mask, cu_seqlens):
@@ -161,14 +166,16 @@ class _Project(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         target, transposed = ctx.target, ctx.target.transposed
+        # Of `torch.autograd.grad(loss, inputs)` the weight gets no gradient, and nothing counts.
+        counts = _reaches(ctx.next_functions[1][0])
         # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
         # from, would otherwise count as well.
-        index = target.begin(ctx.measured)
+        index = target.begin(ctx.measured) if counts else None
         dy2, x2 = (t if t.ndim == 2 else t.reshape(-1, t.shape[-1]) for t in (dy, x))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = (dy2 @ (weight.t() if transposed else weight)).view(x.shape)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and counts:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
             if index is None:
                 dw = x2.T @ dy2 if transposed else (x2.T @ dy2).T

@@ -49,7 +49,8 @@ class SalientAdamW(SalientOptimizer):
             over at a refresh, those of rows that leave are dropped.
         master_weights: keep an fp32 copy of 16-bit parameters (of salient weights the rows with moments) and apply
             updates to it: an update far below a weight's last 16-bit digit would else be lost to rounding. The moments
-            are then fp32 too.
+            are then fp32 too. What else writes to such a parameter, as `load_state_dict` does, goes on from there; what
+            is written through `.data` is not seen, and undone by the next step.
         stochastic_rounding: without a master, round updated 16-bit parameters up or down with odds that make the mean
             exact, the same at every run.
         moments: dtype of the moments of salient weights, and of all others too where it is bf16: half the bytes,

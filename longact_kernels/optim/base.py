@@ -85,6 +85,7 @@ class SalientOptimizer(Optimizer, ABC):
 
     def _forget(self) -> None:
         self._followed: dict[Any, int] = {}  # by weight, the version of its set that its compact state belongs to
+        self._versions: dict[Any, tuple[int, int]] = {}  # by weight with a master, what our last step left
         self._local: dict[Any, Tensor] = {}  # by sharded weight, its part of its set: at one address
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,10 +126,14 @@ class SalientOptimizer(Optimizer, ABC):
         grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])
         for one in work:  # before any weight changes: what does not fit is said here
             self._follow_sets([(p, salient) for p, _, salient in one.sparse])
+        for one in work:
+            self._follow_weights(one.params)
         for group, (plain, whole, sparse) in zip(self.param_groups, work, strict=True):
             self._step_plain(group, plain, grad_scale, found_inf)
             self._step_whole(group, whole, grad_scale, found_inf)
             self._step_salient(group, sparse, grad_scale, found_inf)
+        for p in (p for one in work for p in one.params if self.has_master(p)):
+            self._versions[p] = p._version, local(p).data_ptr()
         for longact in controllers:
             longact.end_step(self, found_inf)
         return loss
@@ -335,6 +340,19 @@ class SalientOptimizer(Optimizer, ABC):
                 if "master" in state:
                     fresh = p.detach().index_select(dim, index.clamp(min=0)).float()
                     state["master"].copy_(torch.where(kept.unsqueeze(1 - dim), state["master"], fresh))
+
+    def _follow_weights(self, params: list[Any]) -> None:
+        """Takes what somebody else has written to a weight over into its master: a checkpoint, an average, a bound."""
+        for p in params:
+            known = self._versions.get(p)
+            if known is None or known == (p._version, local(p).data_ptr()):
+                continue
+            state, weight = self.state[p], p.detach()
+            if self.compact and "rows" in state:
+                dim = 0 if state["master"].shape[1] == p.shape[1] else 1
+                weight = weight.index_select(dim, state["rows"].clamp(min=0))
+            master = state["master"]
+            master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
 
     def _resize(self, p: Any, salient: SalientSet) -> None:
         """Compact state of a set of another size, as of another density or of all channels, for the set of now."""

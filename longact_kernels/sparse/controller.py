@@ -166,7 +166,9 @@ class LongAct:
             offsets = {}
             for kind, of_kind in by_kind.items():
                 if kind is not None:
-                    tap = taps[projection.attention][kind] = Tap(salient, config.site, sum(of_kind), len(of_kind))
+                    tap = taps[projection.attention][kind] = Tap(
+                        salient, module, config.site, sum(of_kind), len(of_kind)
+                    )
                     self._of_tap.append((tap, len(sizes)))
                 offsets[kind] = start
                 start += sum(of_kind)

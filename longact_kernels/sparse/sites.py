@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from longact_kernels.functional import observe
 from longact_kernels.sparse.config import Site
@@ -23,12 +24,14 @@ class Tap:
 
     Attributes:
         salient: the salient set of their projection.
+        layer: that projection.
         site: where they are taken, for the error.
         channels, heads: how many they have.
         stats: what they are merged into; None once the sets are frozen.
     """
 
     salient: SalientSet
+    layer: Any
     site: Site
     channels: int
     heads: int
@@ -40,7 +43,10 @@ class Tap:
         return self.stats.l2
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
-        """Called in backward."""
+        """Called in backward; of one that does not reach the projection's weight, nothing counts."""
+        weight = self.layer.weight
+        if weight.requires_grad and not torch._C._will_engine_execute_node(get_gradient_edge(weight).node):
+            return
         self.salient.batch.enter(self.salient.passes)
         if self.stats is not None:
             self.stats.merge_(absmax, sumsq)

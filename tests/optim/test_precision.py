@@ -148,3 +148,21 @@ def test_stochastic_rounding_is_the_same_at_every_run():
 def test_bad_arguments_are_named(argument, message):
     with pytest.raises(ValueError, match=message):
         SalientAdamW(tiny_model().parameters(), **argument)
+
+
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_what_somebody_else_writes_to_a_weight_stays(state):
+    """A checkpoint that is loaded in mid-run, an average that is put back: their masters follow."""
+    model = tiny_model().to(torch.bfloat16)
+    optimizer = SalientAdamW(model.parameters(), lr=1e-2, longact=LongAct(model), state=state)
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, optimizer, steps=3)
+    untouched = model.model.layers[1].mlp.up_proj.weight
+    kept = untouched.detach().clone(), optimizer.state[untouched]["master"].clone()
+    model.load_state_dict(best | {"model.layers.1.mlp.up_proj.weight": kept[0]})
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(model, optimizer, steps=1)
+    for (name, p), start in zip(model.named_parameters(), best.values(), strict=True):
+        assert torch.equal(p, kept[0] if p is untouched else start), name
+    # Digits below the weight's last one, which was written with the value that it had.
+    assert torch.equal(optimizer.state[untouched]["master"], kept[1])

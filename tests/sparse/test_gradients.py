@@ -111,3 +111,29 @@ def test_what_it_does_not_go_with_is_said():
     longact = LongAct(tiny_model(), grad="compact")
     with pytest.raises(ValueError, match=r"^attach: a stock optimizer does not see compact gradients"):
         longact.attach(torch.optim.AdamW(longact.model.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"grad": "compact"}, {"selection": "current"}, {"site": "norm"}])
+@pytest.mark.parametrize("form", ["autograd.grad", "backward(inputs=)"])
+def test_a_backward_that_stops_before_the_weights_counts_for_nothing(options, form):
+    """As of gradient penalties, adversarial embeddings and saliency maps."""
+    weights, chosen = [], []
+    for probed in (False, True):
+        model = tiny_model("Qwen3")
+        longact = LongAct(model, **options)
+        optimizer = SalientAdamW(model.parameters(), lr=1e-2)
+        for step in range(3):
+            if probed:
+                embedded = model.get_input_embeddings()(tokens(seed=9 + step)).detach().mul(7).requires_grad_()
+                loss = model(inputs_embeds=embedded).logits.square().sum()
+                if form == "autograd.grad":
+                    torch.autograd.grad(loss, embedded)
+                else:
+                    loss.backward(inputs=[embedded])
+            backward(model, tokens(seed=step))
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([p.detach() for p in model.parameters()])
+        chosen.append({name: index.tolist() for name, index in longact.sets.items()})
+    assert chosen[0] == chosen[1]
+    assert all(map(torch.equal, *weights))
