@@ -335,6 +335,10 @@ def test_only_shared_documents_are_compared():
             marks=pytest.mark.slow,
         ),
         (["no-such-user/no-such-model", "--tasks", "niah_single_1"], "could not load 'no-such-user/no-such-model'"),
+        (
+            ["no/such/folder", "--tasks", "niah_single_1"],
+            "could not load 'no/such/folder', which is neither a local folder",
+        ),
         (["MODEL", "--tasks", "niah_single_1", "--output", "MODEL"], "not from longact eval; name another --output"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -193,7 +194,10 @@ def state_of(name: str) -> str | None:
     if folder.is_dir():
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    config = try_to_load_from_cache(name, "config.json")
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name that the Hub could have: loading says so
+        return None
     return Path(config).parent.name if isinstance(config, str) else None
 
 
