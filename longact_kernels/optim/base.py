@@ -206,7 +206,12 @@ class SalientOptimizer(Optimizer, ABC):
     def _step_plain(
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Steps ordinary parameters as torch's optimizer does."""
+        """Steps ordinary parameters as torch's optimizer does.
+
+        Args:
+            grad_scale: of one element: gradients are to be divided by it.
+            found_inf: of one element: where it is not zero, nothing changes.
+        """
 
     @abstractmethod
     def _run(
@@ -218,7 +223,14 @@ class SalientOptimizer(Optimizer, ABC):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Steps weights by their gradients in the given rows (or columns), those of a kind in one launch."""
+        """Steps weights by their gradients in the given rows (or columns), those of a kind in one launch.
+
+        Args:
+            entries: channels may begin with some of -1, which stand for none. A gradient has the weight's shape, or
+                holds those channels only.
+            compact: whether states hold those channels only.
+            grad_scale, found_inf: as of `_step_plain`. Step counts of channels are this method's to raise.
+        """
 
     def _step_whole(
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -296,7 +308,7 @@ class SalientOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def new_plain_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        """State as torch's optimizer keeps it."""
+        """State of an ordinary parameter as torch's optimizer keeps it; needs a tensor `step`."""
 
     def _follow_sets(self, params: list[tuple[Any, SalientSet]]) -> None:
         """Makes the salient weights' state, and moves compact state over to the channels that are salient now."""
