@@ -153,8 +153,8 @@ class _Project(torch.autograd.Function):
         elif target.axis == "rows":
             # Packed sequences are measured as rows of tokens; what is saved keeps one shape, packed or not.
             tokens = x if cu_seqlens is None else x.flatten(0, -2)
-            y, *measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
-            y, ctx.measured = y.view(*x.shape[:-1], -1), tuple(measured)
+            y, *ctx.measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
+            y = y if tokens is x else y.view(*x.shape[:-1], -1)
         else:
             y = torch.nn.functional.linear(x, matrix, bias)
             ctx.measured = channel_stats(x if cu_seqlens is None else x.flatten(0, -2), mask, cu_seqlens, l2)
@@ -162,8 +162,12 @@ class _Project(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        # With gradients off, as nearly always, what that adds would only take time.
+        return (_Project.once if torch.is_grad_enabled() else _Project.gradients)(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx, dy):
         x, weight = ctx.saved_tensors
         target, transposed = ctx.target, ctx.target.transposed
         # Of `torch.autograd.grad(loss, inputs)` the weight gets no gradient, and nothing counts.
@@ -174,7 +178,8 @@ class _Project(torch.autograd.Function):
         dy2, x2 = (t if t.ndim == 2 else t.reshape(-1, t.shape[-1]) for t in (dy, x))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = (dy2 @ (weight.t() if transposed else weight)).view(x.shape)
+            dx = torch.mm(dy2, weight.t() if transposed else weight)
+            dx = dx if x2 is x else dx.view(x.shape)
         if ctx.needs_input_grad[1] and counts:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
             if index is None:
@@ -191,6 +196,12 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None
+
+    once = staticmethod(once_differentiable(gradients))
+
+
+# Without the steps that functorch's transforms need, which take as long as a kernel's launch.
+_apply = super(torch.autograd.Function, _Project).apply
 
 
 def project(
@@ -211,7 +222,8 @@ def project(
         target: where to look.
         l2: whether statistics need sums of squares; None to take none.
     """
-    return _Project.apply(x, weight, bias, target, l2, mask, cu_seqlens)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (_Project.apply if traced else _apply)(x, weight, bias, target, l2, mask, cu_seqlens)
 
 
 def salient_linear(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops.device import target
-from longact_kernels.ops.dispatch import implementation, library, runs_at_once
+from longact_kernels.ops.dispatch import device_code, implementation, library, runs_at_once
 from longact_kernels.reference.channel_stats import channel_stats as _reference
 
 
@@ -70,8 +70,7 @@ def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    from longact_kernels.csrc_triton import channel_stats as kernels
-
+    kernels = device_code("channel_stats")
     B, N, T = _sequences(y, cu_seqlens), y.shape[-1], y.shape[-2] if y.ndim > 1 else 1
     absmax = y.new_empty(N, dtype=torch.float32)
     sumsq = y.new_empty((B if l2 else 0, N), dtype=torch.float32)

@@ -44,6 +44,12 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 @functools.cache
+def device_code(kernel: str) -> Any:
+    """The module of a kernel; an import statement takes a microsecond at every call."""
+    return importlib.import_module(f"longact_kernels.csrc_triton.{kernel}")
+
+
+@functools.cache
 def _cpu(op: str) -> Callable | None:
     module = f"longact_kernels.cpu.{op.rstrip('_')}"
     return getattr(importlib.import_module(module), op) if importlib.util.find_spec(module) else None
@@ -68,8 +74,15 @@ def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callabl
 
 def launch(tensor: Tensor, kernel: Callable, *args) -> Any:
     """Calls a launcher with a tensor's device as the current one: Triton launches there, wherever its arguments lie."""
+    if is_current(tensor):
+        return kernel(*args)
     with torch.cuda.device_of(tensor):
         return kernel(*args)
+
+
+def is_current(tensor: Tensor) -> bool:
+    """Whether a tensor's device is the current one, as nearly always: to see that is quicker than to switch."""
+    return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.dispatch import implementation, library, runs_at_once
+from longact_kernels.ops.dispatch import device_code, implementation, library, runs_at_once
 from longact_kernels.reference.salient_wgrad import salient_wgrad as _reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +56,7 @@ def salient_wgrad(
     """
     if axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
-    if dy.ndim != 2 or x.ndim != 2 or len(dy) != len(x):
+    if dy.ndim != 2 or x.ndim != 2 or dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy, x: got shapes {list(dy.shape)} and {list(x.shape)}, needed [M, N] and [M, K]")
     if dy.dtype != x.dtype:
         raise ValueError(f"x: got {x.dtype}, needed the dtype of dy, {dy.dtype}")
@@ -120,9 +120,8 @@ def _implementation(dy: Tensor) -> Callable[..., Tensor]:
 def _kernels(
     dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool
 ) -> Tensor:
-    from longact_kernels.csrc_triton import salient_wgrad as kernels
-
-    (M, N), K, S = dy.shape, x.shape[1], len(rows)
+    kernels = device_code("salient_wgrad")
+    (M, N), K, S = dy.shape, x.shape[1], rows.shape[0]
     columns = axis == "columns"
     fill = not accumulate and (compact or out is None)
     if out is None:

@@ -86,10 +86,11 @@ class Batch:
     Args:
         begin: called when a backward pass begins.
         drop: called with the layers' passes that have been zeroed since they came.
+        end: called when a backward pass has ended.
     """
 
-    def __init__(self, begin: Callable[[], None], drop: Callable[[list[Pass]], None]):
-        self.begin, self.drop = begin, drop
+    def __init__(self, begin: Callable[[], None], drop: Callable[[list[Pass]], None], end: Callable[[], None]):
+        self.begin, self.drop, self.end = begin, drop, end
         self.passes: list[Pass] = []
         self.task = -1
 
@@ -103,8 +104,8 @@ class Batch:
         for own in self.passes:
             own.clear()
 
-    def enter(self, own: Pass) -> None:
-        """Says that a layer's backward begins."""
+    def enter(self, own: Pass) -> bool:
+        """Says that a layer's backward begins; returns whether the end of the pass will be known."""
         task = torch._C._current_graph_task_id()
         if task != self.task or task == -1:
             self.begin()
@@ -113,6 +114,7 @@ class Batch:
             if task != -1:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
         own.begin()
+        return task != -1
 
     def drop_zeroed(self, begins: bool = False) -> None:
         """Drops the passes whose gradients have been zeroed; `begins` as of `Pass.zeroed`."""
@@ -121,6 +123,7 @@ class Batch:
 
     def _ended(self) -> None:
         self.task = -1
+        self.end()
         for own in self.passes:
             if own.came:
                 own.end()

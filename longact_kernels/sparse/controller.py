@@ -67,7 +67,7 @@ class LongAct:
         self._steps = 0
         self.layers: dict[str, SalientLayer] = {}
         self.call = Call(self._call_begins, self.check_trains)
-        self.batch = Batch(self.settle, self._drop_zeroed)
+        self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
         self.watch = Watch(config.nonfinite)
         self.compact: CompactGradients | None = None
 
@@ -280,6 +280,9 @@ class LongAct:
             self._masked, self._bad, self._bad_dense = False, None, None
             if self.compact is not None:
                 self.compact.reduced = False
+
+    def _backward_ended(self) -> None:
+        self._statistics.join()
 
     def _drop_zeroed(self, zeroed: list[Pass]) -> None:
         self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
@@ -665,7 +668,7 @@ class LongAct:
         self.layers, self._undo = {}, []
         # Nothing goes round in a circle any more: the model is freed with its last name.
         model, self.model = self.model, nn.Module()
-        self.call, self.batch = Call(_nothing, _nothing), Batch(_nothing, _nothing)
+        self.call, self.batch = Call(_nothing, _nothing), Batch(_nothing, _nothing, _nothing)
         return model
 
     def __getstate__(self) -> dict[str, Any]:

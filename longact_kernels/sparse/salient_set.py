@@ -81,9 +81,9 @@ class SalientSet:
             written = [self.token] if self.grad is None else [self.token, self.grad]
             index = torch.ops.longact.begin(self.key, self.size, measured, written)
             return index if self.active else None
-        self.batch.enter(self.passes)
+        ends = self.batch.enter(self.passes)
         if measured and self.stats is not None:
-            self.stats.merge_(*measured)
+            (self.stats.merge_at_end if ends else self.stats.merge_)(*measured)
         return self.index if self.active else None
 
     def accumulator(self) -> tuple[Tensor, bool] | None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from longact_kernels.sparse.flat import Flat
 
+Waiting = tuple[Mapping[str, Tensor], Tensor, Tensor]
+"""The arguments of `Statistic.merge_`."""
+
 
 class Statistic(ABC):
     """A magnitude made of absmax and sums of squares.
@@ -33,6 +36,11 @@ class Statistic(ABC):
     def merge_(self, kept: Mapping[str, Tensor], absmax: Tensor, sumsq: Tensor) -> None:
         """Takes one more activation into a segment's tensors: absmax [N], sums of squares [sequences, N]."""
 
+    def merge_all_(self, waiting: list[Waiting]) -> None:
+        """Takes in the activations of several segments, of some perhaps more than one."""
+        for kept, absmax, sumsq in waiting:
+            self.merge_(kept, absmax, sumsq)
+
     @abstractmethod
     def value(self, kept: Mapping[str, Tensor], spread: Callable[[Tensor], Tensor]) -> Tensor:
         """The magnitude of every channel; `spread` makes of a value for every segment one for every channel."""
@@ -47,6 +55,14 @@ class Absmax(Statistic):
 
     def merge_(self, kept, absmax, sumsq):
         torch.maximum(kept["absmax"], absmax, out=kept["absmax"])
+
+    def merge_all_(self, waiting):
+        # In one operation no segment may come twice, as those of a layer do that a pass goes through twice.
+        if len({id(kept) for kept, *_ in waiting}) < len(waiting):
+            super().merge_all_(waiting)
+        else:
+            kept, measured, _ = zip(*waiting, strict=True)
+            torch._foreach_maximum_([one["absmax"] for one in kept], measured)
 
     def value(self, kept, spread):
         return kept["absmax"]
@@ -72,14 +88,23 @@ STATISTICS: dict[str, Statistic] = {"absmax": Absmax(), "l2": L2()}
 
 
 class Running:
-    """What the activation of one segment is merged into."""
+    """What the activation of one segment is merged into.
 
-    def __init__(self, statistic: Statistic, kept: Mapping[str, Tensor]):
-        self.statistic, self.kept = statistic, kept
+    Args:
+        statistic, kept: as of `Statistic.merge_`.
+        waiting: what is merged at the end of the backward pass under way.
+    """
+
+    def __init__(self, statistic: Statistic, kept: Mapping[str, Tensor], waiting: list[Waiting]):
+        self.statistic, self.kept, self.waiting = statistic, kept, waiting
         self.l2 = statistic.l2
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
         self.statistic.merge_(self.kept, absmax, sumsq)
+
+    def merge_at_end(self, absmax: Tensor, sumsq: Tensor) -> None:
+        """`merge_`, with what other segments measure in the same backward pass: a few operations serve all layers."""
+        self.waiting.append((self.kept, absmax, sumsq))
 
 
 class Measured:
@@ -117,6 +142,7 @@ class Statistics:
         self.batch, self.period = Flat(shapes, device), Flat(shapes, device)
         self.sizes = torch.tensor(sizes)
         self.source = source
+        self._waiting: list[Waiting] = []
         self.move(device)
         self.channels = sum(sizes)
 
@@ -125,6 +151,7 @@ class Statistics:
         return self.batch.buffer.device
 
     def move(self, device: torch.device) -> None:
+        self.join()
         for flat in (self.batch, self.period):
             flat.move(device)
         self.sizes = self.sizes.to(device) if device.type != "meta" else self.sizes
@@ -133,10 +160,21 @@ class Statistics:
     def running(self, segment: int) -> Running:
         """What the activation of a segment is merged into."""
         kept = {field: self.batch.parts[field, segment] for field in self.statistic.fields}
-        return Running(self.statistic, kept)
+        return Running(self.statistic, kept, self._waiting)
+
+    def join(self) -> None:
+        """Merges what the backward pass that has ended, or failed, has measured."""
+        if not self._waiting:
+            return
+        for _, *measured in self._waiting if self.device.type == "cuda" else ():
+            for tensor in measured:  # made on the stream of its forward
+                tensor.record_stream(torch.cuda.current_stream())
+        self.statistic.merge_all_(self._waiting)
+        self._waiting.clear()
 
     def commit(self, bad: Tensor | None) -> None:
         """Makes the batch part of the period, unless the flag says that its numbers are bad, and starts another."""
+        self.join()
         batch, period = self.batch.buffer, self.period.buffer
         if bad is not None:
             batch.masked_fill_(bad != 0, 0)
@@ -148,6 +186,7 @@ class Statistics:
 
     def drop(self, segments: slice | None = None) -> None:
         """Forgets the batch: all of it, or that of some segments."""
+        self.join()
         if segments is None:
             self.batch.buffer.zero_()
             return
@@ -162,6 +201,7 @@ class Statistics:
             of: the batch under way, or the period.
             all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
         """
+        self.join()
         flat = self.batch if of == "batch" else self.period
         # A copy: a rank's own numbers stay its own, to be joined again.
         buffer = flat.buffer.clone()
@@ -179,6 +219,7 @@ class Statistics:
 
     def bad(self) -> Tensor:
         """Bool [segments]: whether the batch has brought a NaN or Inf, on this rank."""
+        self.join()
         first = self.batch.buffer[: self.channels]
         return torch.segment_reduce((~first.isfinite()).float(), "max", lengths=self.sizes) > 0
 
