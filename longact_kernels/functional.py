@@ -170,17 +170,19 @@ class _Project(torch.autograd.Function):
     def gradients(ctx, dy):
         x, weight = ctx.saved_tensors
         target, transposed = ctx.target, ctx.target.transposed
+        x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
         # Of `torch.autograd.grad(loss, inputs)` the weight gets no gradient, and nothing counts.
         counts = _reaches(ctx.next_functions[1][0])
         # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
         # from, would otherwise count as well.
         index = target.begin(ctx.measured) if counts else None
-        dy2, x2 = (t if t.ndim == 2 else t.reshape(-1, t.shape[-1]) for t in (dy, x))
+        dy2 = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+        x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
+        if x_needs:
             dx = torch.mm(dy2, weight.t() if transposed else weight)
             dx = dx if x2 is x else dx.view(x.shape)
-        if ctx.needs_input_grad[1] and counts:
+        if weight_needs and counts:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
             if index is None:
                 dw = x2.T @ dy2 if transposed else (x2.T @ dy2).T
@@ -193,7 +195,7 @@ class _Project(torch.autograd.Function):
                 else:
                     out, add = into
                     salient_wgrad(left, right, index, along, compact=True, out=out, accumulate=add)
-        if ctx.needs_input_grad[2]:
+        if bias_needs:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None
 

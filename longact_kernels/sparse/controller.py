@@ -282,7 +282,7 @@ class LongAct:
                 self.compact.reduced = False
 
     def _backward_ended(self) -> None:
-        self._statistics.join()
+        self._statistics.merge_waiting()
 
     def _drop_zeroed(self, zeroed: list[Pass]) -> None:
         self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])

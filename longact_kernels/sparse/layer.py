@@ -27,7 +27,7 @@ class SalientLayer(nn.Module):
             # A block that reentrant checkpointing will repeat runs without gradients.
             salient.call.unrecorded |= self.training and not torch.is_grad_enabled()
             return salient.plain.forward(self, x)
-        if not isinstance(weight, nn.Parameter):
+        if type(weight) is not nn.Parameter and not isinstance(weight, nn.Parameter):
             raise RuntimeError(
                 f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, or "
                 "made by a parametrisation); use FSDP2 (fully_shard), or plain weights, or LongAct.restore() before"

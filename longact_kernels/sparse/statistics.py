@@ -151,7 +151,7 @@ class Statistics:
         return self.batch.buffer.device
 
     def move(self, device: torch.device) -> None:
-        self.join()
+        self.merge_waiting()
         for flat in (self.batch, self.period):
             flat.move(device)
         self.sizes = self.sizes.to(device) if device.type != "meta" else self.sizes
@@ -162,7 +162,7 @@ class Statistics:
         kept = {field: self.batch.parts[field, segment] for field in self.statistic.fields}
         return Running(self.statistic, kept, self._waiting)
 
-    def join(self) -> None:
+    def merge_waiting(self) -> None:
         """Merges what the backward pass that has ended, or failed, has measured."""
         if not self._waiting:
             return
@@ -174,7 +174,7 @@ class Statistics:
 
     def commit(self, bad: Tensor | None) -> None:
         """Makes the batch part of the period, unless the flag says that its numbers are bad, and starts another."""
-        self.join()
+        self.merge_waiting()
         batch, period = self.batch.buffer, self.period.buffer
         if bad is not None:
             batch.masked_fill_(bad != 0, 0)
@@ -186,7 +186,7 @@ class Statistics:
 
     def drop(self, segments: slice | None = None) -> None:
         """Forgets the batch: all of it, or that of some segments."""
-        self.join()
+        self.merge_waiting()
         if segments is None:
             self.batch.buffer.zero_()
             return
@@ -201,7 +201,7 @@ class Statistics:
             of: the batch under way, or the period.
             all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
         """
-        self.join()
+        self.merge_waiting()
         flat = self.batch if of == "batch" else self.period
         # A copy: a rank's own numbers stay its own, to be joined again.
         buffer = flat.buffer.clone()
@@ -219,7 +219,7 @@ class Statistics:
 
     def bad(self) -> Tensor:
         """Bool [segments]: whether the batch has brought a NaN or Inf, on this rank."""
-        self.join()
+        self.merge_waiting()
         first = self.batch.buffer[: self.channels]
         return torch.segment_reduce((~first.isfinite()).float(), "max", lengths=self.sizes) > 0
 
