@@ -228,11 +228,17 @@ class LongAct:
             ValueError: for compact gradients of sharded weights.
             RuntimeError: if something has been put in the place of one, or nothing is left to train.
         """
+        modules: dict[str, Any] = {"": self.model}
+
+        def find(name: str) -> Any:
+            """`get_submodule`, which takes long for every layer of a large model at every step."""
+            if name not in modules:
+                path, _, own = name.rpartition(".")
+                modules[name] = getattr(find(path), own, None)
+            return modules[name]
+
         for name, layer in self.layers.items():
-            try:
-                found = self.model.get_submodule(name)
-            except AttributeError:
-                found = None
+            found = find(name)
             if found is not layer:
                 what = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__} now"
                 raise RuntimeError(

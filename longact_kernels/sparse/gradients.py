@@ -45,4 +45,5 @@ def clip_(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
 
 def nonfinite(tensors: Iterable[Tensor]) -> Tensor:
     """For each tensor whether it holds a NaN or Inf, bool [tensors]."""
-    return ~torch.stack([torch.linalg.vector_norm(local(one), float("inf")).float() for one in tensors]).isfinite()
+    largest = torch._foreach_norm([local(one) for one in tensors], float("inf"))
+    return ~torch.stack([one.float() for one in largest]).isfinite()
