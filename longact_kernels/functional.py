@@ -136,11 +136,8 @@ class _Given:
         return None if self.grad is None else (self.grad, True)
 
 
-def _reaches_weight(ctx: Any) -> bool:
-    """Whether the backward under way goes on to a projection's weight."""
-    if torch.compiler.is_compiling():
-        return True
-    node = ctx.next_functions[1][0]  # None where the weight has no gradient
+def reaches(node: Any) -> bool:
+    """Whether the backward under way goes on to a node; None stands for an input without a gradient."""
     try:
         return node is None or torch._C._will_engine_execute_node(node)
     except RuntimeError:
@@ -178,7 +175,7 @@ class _Project(torch.autograd.Function):
         target, transposed = ctx.target, ctx.target.transposed
         x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
         # Of `torch.autograd.grad(loss, inputs)` the weight gets no gradient, and nothing counts.
-        counts = _reaches_weight(ctx)
+        counts = torch.compiler.is_compiling() or reaches(ctx.next_functions[1][0])
         # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
         # from, would otherwise count as well.
         index = target.begin(ctx.measured) if counts else None

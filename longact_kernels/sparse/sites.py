@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from longact_kernels.functional import observe
+from longact_kernels.functional import observe, reaches
 from longact_kernels.sparse.config import Site
 from longact_kernels.sparse.salient_set import SalientSet
 
@@ -45,7 +45,7 @@ class Tap:
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
         """Called in backward; of one that does not reach the projection's weight, nothing counts."""
         weight = self.layer.weight
-        if weight.requires_grad and not torch._C._will_engine_execute_node(get_gradient_edge(weight).node):
+        if weight.requires_grad and not reaches(get_gradient_edge(weight).node):
             return
         self.salient.batch.enter(self.salient.passes)
         if self.stats is not None:
