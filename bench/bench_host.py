@@ -1,13 +1,15 @@
 """What a step costs the host where a GPU does the work: launches are stubbed, and all that is timed is Python."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from longact_kernels import functional, ops
+from longact_kernels import LongAct, functional, ops
 from longact_kernels.ops import dispatch
 from longact_kernels.ops import sparse_adamw as adamw_op
+from longact_kernels.sparse import batch
 
 # q and k of 36 layers, as Qwen3-8B and Qwen3-4B have them; of small matrices, whose work nobody does.
 MATRICES = [shape for _ in range(36) for shape in ((64, 64), (16, 64))]
@@ -92,13 +94,14 @@ def projection_stubbed():
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_projection(race, compact):
-    """Forward and backward of one q_proj; a model has 72 such."""
+    """Forward and backward of `salient_linear`."""
     x, weight = (torch.randn(shape, requires_grad=True) for shape in ((1, 8, 64), (64, 64)))
     rows, dy = torch.arange(0, 64, 3), torch.randn(1, 8, 64)
-    stats = functional.RunningStats(torch.zeros(64), torch.zeros(64), torch.zeros(()))
+    absmax = functional.RunningStats(torch.zeros(64))
+    both = functional.RunningStats(torch.zeros(64), torch.zeros(64), torch.zeros(()))
     grad = torch.zeros(len(rows), 64) if compact else None
 
-    def ours():
+    def ours(stats):
         functional.salient_linear(x, weight, None, rows, stats, grad=grad).backward(dy)
         x.grad = weight.grad = None
 
@@ -108,11 +111,49 @@ def test_projection(race, compact):
 
     with projection_stubbed():
         race(
-            "projection with statistics, host",
+            "projection with absmax, host",
             "compact gradient" if compact else "whole gradient",
-            {"ours": ours, "F.linear": linear},
+            {"ours": lambda: ours(absmax), "ours, absmax and L2": lambda: ours(both), "F.linear": linear},
             peer="F.linear",
             check=lambda: None,
             bars={"ours": 1.6},
             rounds=(100, 1000),
+        )
+
+
+def test_layers(race, monkeypatch):
+    """The same for all projections of a model, as `LongAct` has them with its defaults, beside `nn.Linear`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=36)
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1))
+    sparse = copy.deepcopy(dense)
+    longact = LongAct(sparse)
+    monkeypatch.setattr(batch, "SMALL", 0)  # real weights are too large to be looked at
+    x = torch.randn(1, 8, 64, requires_grad=True)
+
+    def passes(model):
+        layers = [module for name, module in model.named_modules() if name.endswith(("q_proj", "k_proj"))]
+        dys = [torch.randn(1, 8, layer.out_features) for layer in layers]
+
+        def run():
+            torch.autograd.backward([layer(x) for layer in layers], dys)
+            x.grad = None
+            for layer in layers:
+                layer.weight.grad = None
+
+        return run
+
+    ours, linear = passes(sparse), passes(dense)
+    ours()
+    longact.refresh()
+    with projection_stubbed():
+        race(
+            "projections of a model, host",
+            "72 layers",
+            {"ours": ours, "nn.Linear": linear},
+            peer="nn.Linear",
+            check=lambda: None,
+            bars={"ours": 1.6},
+            rounds=(20, 200),
         )

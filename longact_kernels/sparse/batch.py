@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Pass:
         came: whether a pass has come.
         witness: a parameter that gets its gradient later in the same backward than the layer: while it has one, nobody
             has zeroed the layer's. It stays from step to step.
-        version, told: of the witness's gradient after the last backward: which one it was, and whether it was not zero.
+        version, told: of the witness's gradient after the last backward: which one it was, and its largest magnitude,
+            False if nobody looks at that.
     """
 
     own: Tensor | None = None
@@ -42,8 +44,8 @@ class Pass:
             self._without = [p for p in candidates if p.grad is None]
         self.came = True
 
-    def end(self) -> None:
-        """Looks at the witness after a backward."""
+    def end(self) -> Tensor | None:
+        """Looks at the witness after a backward; returns its gradient if whether that is zero is worth knowing."""
         if self.witness is None:
             self.witness = next((p for p in self._without if p.grad is not None), None)
             self._without = []
@@ -52,7 +54,9 @@ class Pass:
             if grad is None:  # it trains no more
                 self.witness = self.version = None
             else:
-                self.version, self.told = grad._version, grad.any() if grad.numel() < SMALL else False
+                self.version, self.told = grad._version, False
+                return grad if 0 < grad.numel() < SMALL else None
+        return None
 
     def zeroed(self, begins: bool) -> bool:
         """Whether somebody has zeroed the layer's gradients without telling us.
@@ -124,9 +128,10 @@ class Batch:
     def _ended(self) -> None:
         self.task = -1
         self.end()
-        for own in self.passes:
-            if own.came:
-                own.end()
+        looked = [(own, grad) for own in self.passes if own.came and (grad := own.end()) is not None]
+        if looked:
+            for (own, _), largest in zip(looked, torch._foreach_norm([grad for _, grad in looked], inf), strict=True):
+                own.told = largest
 
     def stepped(self, params: Iterable[Tensor]) -> None:
         """Says that an optimizer has stepped parameters: that it zeroes their gradients now drops nothing."""

@@ -133,6 +133,22 @@ def test_taps_change_no_bit_and_are_gone_after_restore(site, attention):
 
 
 @pytest.mark.parametrize("site", ["projection", "norm", "rope"])
+def test_gradients_that_autograd_grad_is_asked_for(site):
+    model = tiny_model("Qwen3")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    (dense,) = torch.autograd.grad(model(tokens()).logits.square().sum(), weight)
+    longact = LongAct(model, site=site)
+    (first,) = torch.autograd.grad(model(tokens()).logits.square().sum(), weight)
+    assert torch.equal(first, dense)
+    longact.refresh()
+    rows = longact.sets["model.layers.0.self_attn.q_proj"]
+    (grad,) = torch.autograd.grad(model(tokens()).logits.square().sum(), weight)
+    torch.testing.assert_close(grad[rows], dense[rows])
+    grad[rows] = 0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("site", ["projection", "norm", "rope"])
 def test_a_copy_of_a_model_has_its_own_controller(site):
     model = tiny_model("Qwen3")
     longact = LongAct(model, site=site)
