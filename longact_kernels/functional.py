@@ -157,7 +157,7 @@ class _Project(torch.autograd.Function):
             # Packed sequences are measured as rows of tokens; what is saved keeps one shape, packed or not.
             tokens = x if cu_seqlens is None else x.flatten(0, -2)
             y, *ctx.measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
-            y = y if tokens is x else y.view(*x.shape[:-1], -1)
+            y = y if tokens is x else y.view(*x.shape[:-1], len(matrix))
         else:
             y = torch.nn.functional.linear(x, matrix, bias)
             ctx.measured = channel_stats(x if cu_seqlens is None else x.flatten(0, -2), mask, cu_seqlens, l2)

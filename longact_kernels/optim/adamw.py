@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import AdamW, adamw
 
 from longact_kernels.functional import Axis
+from longact_kernels.ops.dispatch import runs_triton
 from longact_kernels.ops.sparse_adamw import AdamWPlan
 from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State, params_of
 from longact_kernels.sparse.controller import LongAct
@@ -143,6 +144,14 @@ class SalientAdamW(SalientOptimizer):
             if fused and state["step"].device != p.device:
                 state["step"] = state["step"].to(p.device)
             entries.append((p, state))
+        if fused and (masters := [entry for entry in entries if _kernel_masters(*entry)]):
+            # Widening, torch's kernel and copying back would move 40 bytes an element where one kernel moves 28.
+            whole = [
+                Entry(local(p.detach()), local(p.grad), None, {name: local(held) for name, held in state.items()})
+                for p, state in masters
+            ]
+            self._run(group, whole, "rows", False, grad_scale, found_inf)
+            entries = [entry for entry in entries if not _kernel_masters(*entry)]
         beta1, beta2 = group["betas"]
         for chunk in _chunks(entries):
             targets = [state.get("master", p) for p, state in chunk]
@@ -194,6 +203,7 @@ class SalientAdamW(SalientOptimizer):
         for kind, launch in launches.items():
             device, dtype, _, moments = kind
             weights, grads, index, states = (list(column) for column in zip(*launch, strict=True))
+            index = index if index[0] is not None else []  # none: whole weights
             masters = [state["master"] for state in states if "master" in state]
             watch = dtype in HALF and not masters and not self.stochastic_rounding and not self._warned
             watched = weights[0].clone() if watch and not group["capturable"] and lr > 0 else None
@@ -286,6 +296,12 @@ class SalientAdamW(SalientOptimizer):
             "state": {ids[p]: {name: own[name] for name in names} for p, own in state.items()},
             "param_groups": [{**group, **TORCHS} for group in saved["param_groups"]],
         }
+
+
+def _kernel_masters(p: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether our kernel steps an ordinary parameter and its master at once: on a GPU, where memory alone counts."""
+    tensors = [local(held) for held in (p, p.grad, *state.values()) if held is not None]
+    return "master" in state and runs_triton(tensors[0]) and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _fused(group: dict[str, Any], p: Tensor) -> bool:

@@ -29,11 +29,11 @@ AXES: tuple[Axis, Axis] = ("rows", "columns")
 
 
 class Entry(NamedTuple):
-    """A weight of which some channels are stepped."""
+    """A weight of which some channels are stepped; None for all of it."""
 
     weight: Tensor
     grad: Tensor
-    channels: Tensor
+    channels: Tensor | None
     state: dict[str, Tensor]
 
 

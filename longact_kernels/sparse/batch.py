@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longact_kernels.sparse.sharding import is_sharded
+
 
 @dataclass(eq=False)
 class Pass:
     """The passes of one layer through backward, in the step under way.
 
     Attributes:
-        own: the layer's weight, if its gradient lies there.
+        weight: the layer's weight.
+        own: the same, if its gradient lies there.
         near: parameters that may get theirs in the same backward, small ones first.
         came: whether a pass has come.
         witness: a parameter that gets its gradient later in the same backward than the layer: while it has one, nobody
@@ -26,6 +29,7 @@ class Pass:
             False if nobody looks at that.
     """
 
+    weight: Tensor | None = None
     own: Tensor | None = None
     near: list[Tensor] = field(default_factory=list)
     came: bool = False
@@ -75,11 +79,53 @@ class Pass:
 
     def __getstate__(self) -> dict:
         # Copies are made between steps.
-        return {**self.__dict__, "own": None, "near": [], "came": False, "witness": None, "version": None}
+        return {
+            **self.__dict__,
+            "weight": None,
+            "own": None,
+            "near": [],
+            "came": False,
+            "witness": None,
+            "version": None,
+        }
 
 
 # Of a witness with more elements, what it holds is not looked at.
 SMALL = 2**16
+
+
+class Unseen:
+    """Looks for weights that change without a step that anybody has told of: somebody else trains them, densely."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[int, Tensor]] = {}  # by weight, after its last backward
+        self.times = 0
+
+    def note(self, weight: Tensor | None) -> None:
+        if weight is not None and not is_sharded(weight):
+            self.seen[id(weight)] = weight._version, weight.detach().flatten()[:16].clone()
+
+    def check(self, weight: Tensor | None) -> None:
+        """Called when another backward begins.
+
+        Raises:
+            RuntimeError: at the second change: a first one may be a checkpoint that was loaded.
+        """
+        if weight is None or id(weight) not in self.seen:
+            return
+        version, part = self.seen[id(weight)]
+        if version != weight._version or not torch.equal(part, weight.detach().flatten()[:16]):
+            self.times += 1
+            if self.times > 1:
+                raise RuntimeError(
+                    "LongAct: the query and key weights have changed twice without a step that it knows of, so that "
+                    "they train densely; step them by SalientAdamW or by an optimizer given to longact.attach(), or "
+                    "around a step by hand call longact.mask_gradients() and longact.advance()"
+                )
+        self.seen.clear()
+
+    def __getstate__(self) -> dict:
+        return {"seen": {}, "times": 0}
 
 
 class Batch:
@@ -97,6 +143,7 @@ class Batch:
         self.begin, self.drop, self.end = begin, drop, end
         self.passes: list[Pass] = []
         self.task = -1
+        self.unseen: Unseen | None = Unseen()  # until a step has been seen
 
     @property
     def present(self) -> bool:
@@ -113,6 +160,8 @@ class Batch:
         task = torch._C._current_graph_task_id()
         if task != self.task or task == -1:
             self.begin()
+            if self.unseen is not None:
+                self.unseen.check(own.weight)
             self.drop_zeroed(begins=True)
             self.task = task
             if task != -1:
@@ -132,6 +181,10 @@ class Batch:
         if looked:
             for (own, _), largest in zip(looked, torch._foreach_norm([grad for _, grad in looked], inf), strict=True):
                 own.told = largest
+        if self.unseen is not None:
+            for own in self.passes:
+                if own.came:
+                    self.unseen.note(own.weight)
 
     def stepped(self, params: Iterable[Tensor]) -> None:
         """Says that an optimizer has stepped parameters: that it zeroes their gradients now drops nothing."""

@@ -28,7 +28,7 @@ from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_shard
 from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
 from longact_kernels.sparse.statistics import STATISTICS, Measured, Statistics
 from longact_kernels.sparse.stock import Attached
-from longact_kernels.sparse.tokens import Call, tell_tokens
+from longact_kernels.sparse.tokens import Call, tell_masks, tell_tokens
 
 
 class LongAct:
@@ -185,6 +185,8 @@ class LongAct:
             tap_at = tap_norm if config.site == "norm" else tap_rope
             self._undo += tap_at(self.model.get_submodule(path), path, of_attention)
         self._undo += tell_tokens(self.model, self.call)
+        attentions = dict.fromkeys(projection.attention for projection in projections)
+        self._undo += tell_masks(map(self.model.get_submodule, attentions), self.call)
         self._undo.append(TellingZeroGrad(self.model, self.zeroed).undo)
         if config.grad == "compact":
             self.compact = CompactGradients(self.model, self.layers)
@@ -210,6 +212,7 @@ class LongAct:
         for layer in self.layers.values():
             # Of a sharded parameter, gradients come and go with every backward that is accumulated.
             whole = self.config.grad == "full" and not is_sharded(layer.weight)
+            layer.salient.passes.weight = layer.weight
             layer.salient.passes.own = layer.weight if whole else None
         self._connect()
 
@@ -251,7 +254,7 @@ class LongAct:
 
     def check_trains(self) -> None:
         """Raises RuntimeError if no salient weight can train, before the first step."""
-        if not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
+        if not self.steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
             raise RuntimeError(
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
@@ -260,7 +263,7 @@ class LongAct:
     def _call_begins(self) -> None:
         if not self._checked:
             self.check()
-        self.call.idle = not self._steps and not any(layer.weight.requires_grad for layer in self.layers.values())
+        self.call.idle = not self.steps and not any(layer.weight.requires_grad for layer in self.layers.values())
 
     # The batch
 
@@ -477,6 +480,7 @@ class LongAct:
             self._statistics.commit(bad)
         elif first:
             self._statistics.drop()
+        self.batch.unseen = None
         due = self._due
         self._stepped.append(weakref.ref(self if optimizer is None else optimizer))
         if first:

@@ -7,7 +7,7 @@ checkpointing makes it a second time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,12 +93,16 @@ class Call:
         unrecorded: whether a layer has run in it without gradients, to be repeated in backward.
         begin: called when a call with gradients on begins that is not part of another.
         idle: whether no salient weight trains.
-        refuse: called when something else trains all the same.
+        refuse: called when something else trains all the same, in two calls one after the other: a model may be frozen
+            for a pass, as in adversarial training.
+        by_hand: whether attention has been called outside of any call that says something.
     """
 
     def __init__(self, begin: Callable[[], None], refuse: Callable[[], None]):
         self.begin, self.refuse = begin, refuse
         self.idle = False
+        self.idle_calls = 0
+        self.by_hand = False
         self.tokens = Tokens()
         self.told = False
         self.unrecorded = False
@@ -111,7 +115,14 @@ class Call:
         # Inside backward, checkpointing repeats a block. The reentrant kind measures it now, for the call that left a
         # mark on its node; the other kind has measured it.
         marked = getattr(torch._C._current_autograd_node(), _MARK, None)
-        return marked if marked is not None or self.told else self.tokens
+        return marked if marked is not None or (self.told and not self.by_hand) else self.tokens
+
+    def count_idle(self, outputs: Any) -> None:
+        """Called at the end of a call."""
+        trains = self.idle and any(tensor.requires_grad for tensor in _tensors(outputs))
+        self.idle_calls = self.idle_calls + 1 if trains else 0
+        if self.idle_calls > 1:
+            self.refuse()
 
 
 class TellingForward:
@@ -142,12 +153,45 @@ class TellingForward:
             if call.unrecorded:
                 call.unrecorded = False
                 _mark(outputs, call.tokens)
-            if call.idle and call.depth == 1 and any(tensor.requires_grad for tensor in _tensors(outputs)):
-                call.refuse()
+            if call.depth == 1 and not torch.compiler.is_compiling():
+                call.count_idle(outputs)
         finally:
             call.depth -= 1
             call.tokens = outer
         return outputs
+
+
+class TellingAttention:
+    """Hooks of an attention module that is called by hand, outside of a call that says more: they read its own mask."""
+
+    def __init__(self, module: nn.Module, call: Call):
+        self.call = call
+        self.names = list(inspect.signature(module.forward).parameters)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = self.call
+        if call.depth or not module.training or torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            call.by_hand = True
+        elif not call.by_hand or hasattr(torch._C._current_autograd_node(), _MARK):
+            return  # checkpointing repeats it: that call has said what there is to say
+        call.tokens = _read({**dict(zip(self.names, args, strict=False)), **kwargs}, Tokens())
+
+    def after(self, module: nn.Module, args: tuple, outputs: Any) -> None:
+        if not self.call.depth:
+            self.call.tokens = Tokens()
+
+
+def tell_masks(attentions: Iterable[nn.Module], call: Call) -> list[Callable[[], None]]:
+    """Has attention modules say what their own masks tell, where nobody says more; returns what undoes it."""
+    undo: list[Callable[[], None]] = []
+    for module in attentions:
+        if "attention_mask" in inspect.signature(module.forward).parameters:
+            telling = TellingAttention(module, call)
+            undo.append(module.register_forward_pre_hook(telling.before, with_kwargs=True).remove)
+            undo.append(module.register_forward_hook(telling.after, always_call=True).remove)
+    return undo
 
 
 def tell_tokens(model: nn.Module, call: Call) -> list[Callable[[], None]]:

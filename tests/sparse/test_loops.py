@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
 from models import backward, tiny_model, tokens
+from torch.utils.checkpoint import checkpoint
 
 from longact_kernels import LongAct, SalientAdamW
 
@@ -411,3 +413,113 @@ def test_a_batch_that_teaches_nothing_is_a_step_all_the_same(options):
         optimizer.step()
         optimizer.zero_grad()
     assert longact.steps == 2 and longact.sets.keys() == longact.layers.keys()
+
+
+# Loops that hold no optimizer of ours
+
+
+def by_hand(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-2 * p.grad
+    model.zero_grad()
+
+
+def by_copies(model):
+    """Of data, which bumps no version, as loops do that keep fp32 masters of their own."""
+    for p in model.parameters():
+        p.data.copy_(p.detach() - 1e-2 * p.grad)
+        p.grad = None
+
+
+@pytest.mark.parametrize("step", [by_hand, by_copies])
+def test_weights_that_change_without_a_step_that_we_know_of_are_an_error(step):
+    model = tiny_model()
+    LongAct(model)
+    with pytest.raises(RuntimeError, match=r"changed twice without a step .* longact.attach"):
+        for seed in range(3):
+            backward(model, tokens(seed=seed))
+            step(model)
+
+
+def test_a_checkpoint_loaded_before_the_first_step_is_no_step():
+    model = tiny_model()
+    longact = LongAct(model)
+    optimizer = SalientAdamW(model.parameters(), **HYPER)
+    backward(model, tokens(seed=7))
+    model.zero_grad()
+    model.load_state_dict({name: value.clone() for name, value in tiny_model().state_dict().items()})
+    train(model, optimizer, range(2))
+    expected = salient_run()
+    train(expected[0], expected[2], range(2))
+    assert sets(longact) == sets(expected[1])
+    assert_same_weights(model, expected[0])
+
+
+def test_steps_by_hand_between_masking_and_advancing():
+    model = tiny_model()
+    longact = LongAct(model)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    seen = set()
+    for seed in range(3):
+        backward(model, tokens(seed=seed))
+        longact.mask_gradients()
+        seen |= set(longact.sets["model.layers.0.self_attn.q_proj"].tolist())
+        by_hand(model)
+        longact.advance()
+    moved = (model.model.layers[0].self_attn.q_proj.weight != before).any(1).nonzero().flatten().tolist()
+    assert longact.steps == 3 and set(moved) == seen
+
+
+@pytest.mark.parametrize("generator_first", [True, False])
+def test_a_model_frozen_for_a_pass_as_in_adversarial_training(generator_first):
+    model, longact, optimizer = salient_run()
+    generator = torch.nn.Linear(32, 32)
+    for step in range(3):
+        for turn in (generator_first, not generator_first):
+            if not turn:
+                train(model, optimizer, [step])
+                continue
+            model.requires_grad_(False)
+            logits = model(inputs_embeds=generator(torch.randn(2, 8, 32))).logits
+            logits.logsumexp(-1).mean().backward()
+            model.requires_grad_(True)
+            assert generator.weight.grad is not None
+    expected = salient_run()
+    train(expected[0], expected[2], range(3))
+    assert sets(longact) == sets(expected[1])
+    assert_same_weights(model, expected[0])
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+def test_layers_called_by_hand_read_their_own_masks(checkpointing):
+    """As in a pipeline's stage: nobody calls the model."""
+
+    def logits(model, ids, mask):
+        inner, length = model.model, ids.shape[1]
+        hidden, positions = inner.embed_tokens(ids), torch.arange(length)[None]
+        causal = torch.ones(length, length, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
+        more = dict(
+            attention_mask=torch.zeros(causal.shape).masked_fill(~causal, -1e9),
+            position_embeddings=inner.rotary_emb(hidden, positions),
+        )
+        for layer in inner.layers:
+            forward = partial(layer, **more)
+            hidden = (
+                forward(hidden) if checkpointing is None else checkpoint(forward, hidden, use_reentrant=checkpointing)
+            )
+        return model.lm_head(inner.norm(hidden))
+
+    ids, mask = tokens(3), torch.ones(3, 12, dtype=torch.long)
+    mask[0, 8:] = mask[1, 4:] = 0
+    saliencies = []
+    for whole in (True, False):
+        model = tiny_model()
+        model.get_input_embeddings().weight.data[0] *= 50
+        ids[mask == 0] = 0
+        longact = LongAct(model)
+        out = model(input_ids=ids, attention_mask=mask).logits if whole else logits(model, ids, mask)
+        out[mask.bool()].square().sum().backward()
+        longact.mask_gradients()
+        saliencies.append(torch.cat([longact.saliency(name) for name in longact.layers]))
+    torch.testing.assert_close(*saliencies, rtol=1e-5, atol=1e-6)
