@@ -140,8 +140,8 @@ def reaches(node: Any) -> bool:
     """Whether the backward under way goes on to a node; None stands for an input without a gradient."""
     try:
         return node is None or torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return True  # so PyTorch refuses a leaf that `torch.autograd.grad` was asked the gradient of
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
 
 
 class _Project(torch.autograd.Function):

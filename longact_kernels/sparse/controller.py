@@ -335,6 +335,7 @@ class LongAct:
                 "LongAct: an optimizer of query or key weights stepped inside backward, where the statistics of the "
                 "batch are not complete; step it after backward"
             )
+        self.batch.unseen = None
         if any(stepped() is optimizer for stepped in self._stepped):
             self.settle()
         self.watch.look()
@@ -480,7 +481,6 @@ class LongAct:
             self._statistics.commit(bad)
         elif first:
             self._statistics.drop()
-        self.batch.unseen = None
         due = self._due
         self._stepped.append(weakref.ref(self if optimizer is None else optimizer))
         if first:
@@ -498,6 +498,7 @@ class LongAct:
 
         Before it: `mask_gradients()`, and whatever changes the weights by their gradients.
         """
+        self.batch.unseen = None
         self.end_step(None, self._bad)
         self.settle()
 

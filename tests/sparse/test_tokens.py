@@ -16,7 +16,7 @@ def taken(*args, l2=True, **kwargs) -> tuple:
     """Mask and bounds of an activation inside a model's call."""
     seen = []
     model = tiny_model()
-    call = Call(lambda: None)
+    call = Call(lambda: None, lambda: None)
     tell_tokens(model, call)
     model.model.layers[0].self_attn.q_proj.register_forward_hook(
         lambda module, inputs, y: seen.append(call.tokens_now().of(y, l2))
@@ -89,7 +89,7 @@ def test_the_part_that_fits_an_activation():
 def test_a_forward_keeps_its_signature_and_its_place():
     model = tiny_model()
     before = inspect.signature(model.forward)
-    undo = tell_tokens(model, Call(lambda: None))
+    undo = tell_tokens(model, Call(lambda: None, lambda: None))
     assert inspect.signature(model.forward) == before
     for one in undo:
         one()
