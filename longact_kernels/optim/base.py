@@ -71,6 +71,8 @@ class SalientOptimizer(Optimizer, ABC):
             raise ValueError(
                 "stochastic_rounding: with masters nothing is lost to rounding; needed master_weights=False"
             )
+        if longact is not None and not isinstance(longact, LongAct):
+            raise TypeError(f"longact: got {longact!r}, needed a LongAct, or None to find it by the parameters")
         self.compact = state == "compact"
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding

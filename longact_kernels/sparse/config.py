@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -150,6 +151,13 @@ class LongActConfig:
                 or not fits(value)
             ):
                 raise ValueError(f"{name}: got {value!r}, needed {needed}")
+        target = self.target_modules
+        names = isinstance(target, Sequence) and all(isinstance(name, str) for name in target)
+        if target is not None and not callable(target) and not names:
+            raise ValueError(
+                f"target_modules: got {target!r}, needed name endings, a regular expression, or a function of path and "
+                "module"
+            )
         if self.axis == "columns" and (self.scope == "head" or self.site != "projection" or self.pair_rope):
             raise ValueError(
                 "axis: 'columns' takes input channels, which have no heads, norms or rotary pairs; needed scope "
@@ -186,6 +194,20 @@ def fields(experimental: bool | None = None) -> list[dataclasses.Field]:
     """The fields, in their order; only those that are experimental, or only the others, if asked."""
     every = dataclasses.fields(LongActConfig)
     return [one for one in every if experimental in (None, one.metadata["experimental"])]
+
+
+def make_config(options: dict[str, Any]) -> LongActConfig:
+    """A config of options by name.
+
+    Raises:
+        TypeError: for one that does not exist; the message has the nearest that does.
+    """
+    for name in options:
+        if name not in field_names():
+            near = difflib.get_close_matches(name, field_names(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"needed one of {', '.join(sorted(field_names()))}"
+            raise TypeError(f"LongAct: there is no option {name!r}; {hint}")
+    return LongActConfig(**options)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from longact_kernels.sparse import gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
-from longact_kernels.sparse.config import LongActConfig, field_names
+from longact_kernels.sparse.config import LongActConfig, field_names, make_config
 from longact_kernels.sparse.finite import Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import Projection, check_projections, find_projections
@@ -57,9 +57,13 @@ class LongAct:
     config: LongActConfig
 
     def __init__(self, model: nn.Module, config: LongActConfig | None = None, **options: Any):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}, needed a torch.nn.Module")
+        if config is not None and not isinstance(config, LongActConfig):
+            raise TypeError(f"config: got {config!r}, needed a LongActConfig; options go by name, such as density=0.3")
         if config is not None and options:
             raise ValueError(f"config: got it beside {', '.join(options)}; needed one of them")
-        config = LongActConfig(**options) if config is None else config
+        config = make_config(options) if config is None else config
         if config.grad == "compact" and isinstance(model, DistributedDataParallel):
             raise ValueError("grad: with 'compact', make LongAct before DistributedDataParallel wraps the model")
         self.config = config
@@ -118,6 +122,9 @@ class LongAct:
             if any(id(layer) in ids for layer in longact.layers.values()):
                 return longact
         raise ValueError("model: it has no LongAct; needed one that LongAct(model) was made for, or a copy of it")
+
+    def __repr__(self) -> str:
+        return f"LongAct({len(self.layers)} layers, {self.steps} steps, {self.config})"
 
     def __getattr__(self, name: str) -> Any:
         # Options may be read as attributes of the controller.
@@ -246,14 +253,16 @@ class LongAct:
                 what = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__} now"
                 raise RuntimeError(
                     f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
-                    "before LongAct is made (they train densely beside it), or train without LongAct"
+                    "other layers, before LongAct is made (they train densely beside it), or train without LongAct"
                 )
         if self.compact is not None:
             self.compact.check()
         self._checked = True
 
     def check_trains(self) -> None:
-        """Raises RuntimeError if no salient weight can train, before the first step."""
+        """Raises RuntimeError if no salient weight can train: after `restore()`, or before the first step."""
+        if not self.layers:
+            raise RuntimeError("LongAct: it was restored, and has no layers any more; make another with LongAct(model)")
         if not self.steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
             raise RuntimeError(
                 f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
@@ -401,9 +410,9 @@ class LongAct:
             if self.config.selection == "lagged":
                 self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
 
-    def _raise_idle(self) -> None:
+    def _raise_idle(self, what: str = "a step") -> None:
         raise RuntimeError(
-            "LongAct: a step came before any activation statistics; they are collected while the model is in training "
+            f"LongAct: {what} came before any activation statistics; they are collected while the model is in training "
             "mode (model.train()) and gradients are on"
         )
 
@@ -541,7 +550,7 @@ class LongAct:
         """
         self.settle()
         if self.idle and not is_distributed():
-            self._raise_idle()
+            self._raise_idle("refresh()")
         flags = self._bad_layers()
         if self.config.nonfinite == "error" and flags.any():
             self.drop()
@@ -571,6 +580,8 @@ class LongAct:
             ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer that holds none of
                 the salient weights; or for a loaded state dict that was saved with sets of other sizes.
         """
+        if not self.layers:
+            self.check_trains()
         if self.config.grad == "compact":
             raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
         if getattr(optimizer, "steps_salient_weights", False):
@@ -623,6 +634,8 @@ class LongAct:
     def saliency(self, name: str) -> Tensor | None:
         """The statistic [channels] that the set of layer `name` was last chosen from; None before there is one."""
         self.settle()
+        if name not in self.layers:
+            raise KeyError(f"saliency: there is no layer {name!r}; needed one of {', '.join([*self.layers][:2])}, …")
         salient = self.layers[name].salient
         return self._chosen.saliency[salient.channels] if salient.chosen else None
 

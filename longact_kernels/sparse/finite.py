@@ -72,10 +72,11 @@ class Watch:
             self.skipped += 1
             if self.policy == "error":
                 bad = posted.flags.nonzero().flatten().tolist()
+                others = f", and in {len(bad) - 1} others," if len(bad) > 1 else ""
                 raise FloatingPointError(
-                    f"LongAct: NaN or Inf in {posted.names(bad[0])}, and in {len(bad) - 1} others, at step "
-                    f"{posted.step}; that step changed no weight. Look at the loss and the learning rate, call "
-                    "zero_grad() and go on, or pass nonfinite='skip'"
+                    f"LongAct: NaN or Inf in {posted.names(bad[0])}{others} at step {posted.step}; that step "
+                    "changed no weight. Look at the loss and the learning rate, call zero_grad() and go on, or pass "
+                    "nonfinite='skip'"
                 )
 
     def __getstate__(self) -> dict:

@@ -29,8 +29,8 @@ class SalientLayer(nn.Module):
             return salient.plain.forward(self, x)
         if type(weight) is not nn.Parameter and not isinstance(weight, nn.Parameter):
             raise RuntimeError(
-                f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, or "
-                "made by a parametrisation); use FSDP2 (fully_shard), or plain weights, or LongAct.restore() before"
+                f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, "
+                "made by a parametrisation, given by torch.func); use FSDP2 (fully_shard), plain weights, or restore()"
             )
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise RuntimeError(f"LongAct: the weight of {salient.name} is {weight.dtype}; needed float32 or 16 bits")

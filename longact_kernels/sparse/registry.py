@@ -40,7 +40,7 @@ def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dic
         for p in group["params"]:
             if id(p) in salient and p.requires_grad and salient[id(p)][0] is not known:
                 raise RuntimeError(
-                    f"LongAct: a {type(optimizer).__name__} that knows nothing of it is about to train "
+                    f"LongAct: an optimizer ({type(optimizer).__name__}) that knows nothing of it is about to train "
                     f"{salient[id(p)][1].salient.name} densely; call longact.attach(optimizer), or use SalientAdamW"
                 )
 
