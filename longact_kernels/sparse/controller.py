@@ -255,6 +255,13 @@ class LongAct:
                     f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
                     "other layers, before LongAct is made (they train densely beside it), or train without LongAct"
                 )
+        by_weight = {id(layer.weight): name for name, layer in self.layers.items()}
+        if len(by_weight) < len(self.layers):
+            name = next(name for name, layer in self.layers.items() if by_weight[id(layer.weight)] != name)
+            raise RuntimeError(
+                f"LongAct: {name} shares its weight with {by_weight[id(self.layers[name].weight)]} now; needed a "
+                "weight each, since each has a set of its own"
+            )
         if self.compact is not None:
             self.compact.check()
         self._checked = True
@@ -413,7 +420,7 @@ class LongAct:
     def _raise_idle(self, what: str = "a step") -> None:
         raise RuntimeError(
             f"LongAct: {what} came before any activation statistics; they are collected while the model is in training "
-            "mode (model.train()) and gradients are on"
+            "mode (model.train()) and gradients are on, and go with gradients that are zeroed before a step"
         )
 
     def _bad_layers(self) -> Tensor:
@@ -592,8 +599,14 @@ class LongAct:
                 f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} query and key weights; "
                 "needed the optimizer of LongAct's own model"
             )
-        if getattr(optimizer, "_longact", None) is self:
+        attached = getattr(optimizer, "_longact", None)
+        if attached is self:
             return
+        if attached is not None and attached.layers:
+            raise ValueError(
+                "attach: another LongAct is attached to this optimizer, which takes one; use SalientAdamW, which takes "
+                "any number, or an optimizer for each model"
+            )
         Attached(self, optimizer)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class Tokens:
 
     Args:
         mask: bool [B, T], False on padding; None where all tokens count. Longer than T where keys are cached.
-        positions: [B, T], a number for each token that does not grow where another sequence begins; or None.
+        positions: [B, T], a number for each token that falls, or stays zero, where another sequence begins; or None.
         cu_seqlens: int [sequences + 1], the bounds of packed sequences among the call's tokens; or None.
         rows_only: the mask does not tell packed sequences apart.
     """
@@ -58,7 +58,9 @@ class Tokens:
         if bounds is None and l2 and self.positions is not None:
             positions = self._fit(self.positions, x, name, "position_ids")
             begins = torch.ones_like(positions, dtype=torch.bool)
-            begins[..., 1:] = positions[..., 1:] <= positions[..., :-1]
+            before, after = positions[..., :-1], positions[..., 1:]
+            # Positions may stay, as grouped ones do; after a sequence of one token, zero follows zero.
+            begins[..., 1:] = (after < before) | ((after == 0) & (before == 0))
             begins = begins.flatten()
             begins[:: x.shape[-2] if x.ndim > 2 else self.positions.shape[1]] = True
             bounds = torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))

@@ -523,3 +523,19 @@ def test_layers_called_by_hand_read_their_own_masks(checkpointing):
         longact.mask_gradients()
         saliencies.append(torch.cat([longact.saliency(name) for name in longact.layers]))
     torch.testing.assert_close(*saliencies, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_tied_after_the_swap_are_an_error():
+    model, _, optimizer = salient_run()
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.q_proj shares its weight with model\.layers\.1"):
+        train(model, optimizer, range(1))
+
+
+def test_a_stock_optimizer_takes_one_controller():
+    actor, critic = tiny_model(), tiny_model("Qwen2")
+    optimizer = torch.optim.AdamW([*actor.parameters(), *critic.parameters()])
+    LongAct(actor).attach(optimizer)
+    with pytest.raises(ValueError, match=r"^attach: another LongAct is attached"):
+        LongAct(critic).attach(optimizer)
