@@ -264,7 +264,6 @@ class LongAct:
             )
         if self.compact is not None:
             self.compact.check()
-        self._checked = True
 
     def check_trains(self) -> None:
         """Raises RuntimeError if no salient weight can train: after `restore()`, or before the first step."""
@@ -279,6 +278,7 @@ class LongAct:
     def _call_begins(self) -> None:
         if not self._checked:
             self.check()
+            self._checked = True
         self.call.idle = not self.steps and not any(layer.weight.requires_grad for layer in self.layers.values())
 
     # The batch
@@ -357,6 +357,7 @@ class LongAct:
         self.watch.look()
         if not self._checked:
             self.check()
+            self._checked = True
         elif self.compact is not None:
             self.compact.check()
         self.check_trains()
