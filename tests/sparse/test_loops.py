@@ -415,6 +415,25 @@ def test_a_batch_that_teaches_nothing_is_a_step_all_the_same(options):
     assert longact.steps == 2 and longact.sets.keys() == longact.layers.keys()
 
 
+def test_a_backward_that_fails_leaves_nothing_behind(model):
+    twin = copy.deepcopy(model)
+    longact, plain = LongAct(model), LongAct(twin)
+
+    def fail(grad):
+        raise RuntimeError("out of memory")
+
+    embeds = model.get_input_embeddings()(tokens(seed=1)).detach().requires_grad_()
+    embeds.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        (100 * model(inputs_embeds=embeds).logits).square().sum().backward()
+    model.zero_grad()
+    for net, controller in ((model, longact), (twin, plain)):
+        backward(net, tokens(seed=2))
+        controller.refresh()
+    for name in longact.layers:
+        assert torch.equal(longact.saliency(name), plain.saliency(name))
+
+
 # Loops that hold no optimizer of ours
 
 
