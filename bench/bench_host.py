@@ -147,6 +147,7 @@ def test_layers(race, monkeypatch):
     ours, linear = passes(sparse), passes(dense)
     ours()
     longact.refresh()
+    longact.advance()  # before the first step more is looked at
     with projection_stubbed():
         race(
             "projections of a model, host",
