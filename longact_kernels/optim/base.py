@@ -123,6 +123,8 @@ class SalientOptimizer(Optimizer, ABC):
             self._make_states(salient)
             return loss
         for longact in controllers:
+            if longact.compact is not None:
+                longact.compact.check_untouched()
             longact.mask_gradients()
         work = [self._split(group, salient) for group in self.param_groups]
         grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])

@@ -77,6 +77,16 @@ class Pass:
         # One that was zero already, as where all completions earn the same, says nothing.
         return bool(begins and grad._version != self.version and self.told and not grad.any())
 
+    def touched(self) -> bool:
+        """Whether somebody has changed the witness's gradient in place since the last backward."""
+        grad = None if self.witness is None else self.witness.grad
+        return grad is not None and self.version is not None and grad._version != self.version
+
+    def is_zero(self) -> bool:
+        """Whether the witness's gradient is nothing but zeros."""
+        grad = None if self.witness is None else self.witness.grad
+        return grad is None or not grad.any()
+
     def __getstate__(self) -> dict:
         # Copies are made between steps.
         return {

@@ -30,6 +30,7 @@ class CompactGradients:
         self.model, self.layers = model, layers
         self.flat: Flat | None = None
         self.reduced = False  # whether they are those of all ranks
+        self.clipped = False  # whether they were clipped along with all others
         self._shared = False
         ignored = [f"{name}.weight" for name in layers]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -41,9 +42,35 @@ class CompactGradients:
         return [ignored, *(hook.remove for hook in self._hooks)]
 
     def check(self) -> None:
-        """Raises ValueError for sharded weights. FSDP's root shows its own as such only outside of a forward."""
-        if any(is_sharded(layer.weight) for layer in self.layers.values()):
-            raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+        """Raises ValueError for weights that compact gradients do not go with.
+
+        Those of FSDP's root show that they are sharded only outside of a forward.
+        """
+        for name, layer in self.layers.items():
+            if is_sharded(layer.weight):
+                raise ValueError("grad: 'compact' keeps gradients of whole weights, got sharded ones; use grad='full'")
+            if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"grad: the weight of {name} has a gradient hook, which would not see its compact gradient; use "
+                    "grad='full'"
+                )
+
+    def check_untouched(self) -> None:
+        """Raises RuntimeError where somebody has scaled or clipped all other gradients and not these.
+
+        Called in a step. With other ranks, DistributedDataParallel changes gradients after a backward too.
+        """
+        if self.clipped or is_distributed():
+            return
+        for salient in (layer.salient for layer in self.layers.values()):
+            if salient.has_grad and salient.passes.touched():
+                if salient.passes.is_zero():
+                    salient.has_grad = False  # zeroed by hand
+                    continue
+                raise RuntimeError(
+                    "grad: gradients were clipped or changed since the backward by something that does not see compact "
+                    "ones; clip with longact.clip_grad_norm_(), scale the loss instead of gradients, or use grad='full'"
+                )
 
     def _share_weights(self, *_: Any) -> None:
         """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
@@ -68,7 +95,7 @@ class CompactGradients:
 
     def begin_step(self) -> None:
         """Has backward put the gradients of sets into accumulators from now on."""
-        self.reduced = False
+        self.reduced = self.clipped = False
         if self.flat is None and any(layer.salient.chosen for layer in self.layers.values()):
             shapes = {}
             for name, layer in self.layers.items():

@@ -304,7 +304,7 @@ class LongAct:
             self.batch.clear()
             self._masked, self._bad, self._bad_dense = False, None, None
             if self.compact is not None:
-                self.compact.reduced = False
+                self.compact.reduced = self.compact.clipped = False
 
     def _backward_ended(self) -> None:
         self._statistics.merge_waiting()
@@ -629,6 +629,8 @@ class LongAct:
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
         gradients.clip_(compact, max_norm, norm)
+        if self.compact is not None:
+            self.compact.clipped = True
         return norm
 
     # What the user looks at

@@ -137,3 +137,40 @@ def test_a_backward_that_stops_before_the_weights_counts_for_nothing(options, fo
         chosen.append({name: index.tolist() for name, index in longact.sets.items()})
     assert chosen[0] == chosen[1]
     assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.1),
+        lambda model: [p.grad.div_(4) for p in model.parameters() if p.grad is not None],
+    ],
+    ids=["clip_grad_norm_", "clip_grad_value_", "divided"],
+)
+def test_what_changes_other_gradients_alone_is_an_error(change):
+    model = tiny_model()
+    longact = LongAct(model, grad="compact")
+    optimizer = SalientAdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        backward(model, tokens(seed=step))
+        longact.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, tokens(seed=3))
+    longact.mask_gradients()
+    change(model)
+    with pytest.raises(RuntimeError, match=r"^grad: gradients were clipped .* longact.clip_grad_norm_"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_gradient_hooks_of_a_weight_do_not_go_with_compact_gradients():
+    model = tiny_model()
+    LongAct(model, grad="compact")
+    model.model.layers[0].self_attn.q_proj.weight.register_hook(lambda grad: grad)
+    with pytest.raises(
+        ValueError, match=r"^grad: the weight of model\.layers\.0\.self_attn\.q_proj has a gradient hook"
+    ):
+        backward(model, tokens())
