@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from longact_kernels.sparse import gradients
+from longact_kernels.sparse import checks, gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
 from longact_kernels.sparse.config import LongActConfig, field_names, make_config
 from longact_kernels.sparse.finite import Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
-from longact_kernels.sparse.projections import Projection, check_projections, find_projections
+from longact_kernels.sparse.projections import Projection, find_projections
 from longact_kernels.sparse.registry import controllers, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
@@ -76,7 +76,7 @@ class LongAct:
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
-        check_projections(projections)
+        checks.projections(projections)
         groups = [groups_of(projection, config.axis) for projection in projections]
         partners = [partners_of(projection, model) for projection in projections] if config.pair_rope else None
         assert config.scope is not None
@@ -238,30 +238,8 @@ class LongAct:
             ValueError: for compact gradients of sharded weights.
             RuntimeError: if something has been put in the place of one, or nothing is left to train.
         """
-        modules: dict[str, Any] = {"": self.model}
-
-        def find(name: str) -> Any:
-            """`get_submodule`, which takes long for every layer of a large model at every step."""
-            if name not in modules:
-                path, _, own = name.rpartition(".")
-                modules[name] = getattr(find(path), own, None)
-            return modules[name]
-
-        for name, layer in self.layers.items():
-            found = find(name)
-            if found is not layer:
-                what = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__} now"
-                raise RuntimeError(
-                    f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
-                    "other layers, before LongAct is made (they train densely beside it), or train without LongAct"
-                )
-        by_weight = {id(layer.weight): name for name, layer in self.layers.items()}
-        if len(by_weight) < len(self.layers):
-            name = next(name for name, layer in self.layers.items() if by_weight[id(layer.weight)] != name)
-            raise RuntimeError(
-                f"LongAct: {name} shares its weight with {by_weight[id(self.layers[name].weight)]} now; needed a "
-                "weight each, since each has a set of its own"
-            )
+        checks.in_place(self.model, self.layers)
+        checks.apart(self.layers)
         if self.compact is not None:
             self.compact.check()
 

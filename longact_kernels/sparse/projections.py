@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from longact_kernels.sparse.config import Ranges, TargetModules
-from longact_kernels.sparse.sharding import is_sharded
 
 
 class Head(NamedTuple):
@@ -395,28 +394,3 @@ def _nothing_found(model: nn.Module, target_modules: TargetModules | None) -> st
             f"other usual names, {saw}; name them with target_modules=[...]"
         )
     return f"target_modules: got {target_modules!r}, which matches no layer of {type(model).__name__}; {saw}"
-
-
-def check_projections(projections: list[Projection]) -> None:
-    """What our forward, our kernels and one buffer for all layers need of the layers.
-
-    Raises:
-        ValueError: if a layer lacks it; the message names the layer.
-    """
-    remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
-    if len(devices := {str(one.module.get_parameter("weight").device) for one in projections}) > 1:
-        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
-    for one in projections:
-        weight = one.module.get_parameter("weight")
-        if "forward" in vars(one.module):
-            raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"model: the weight of {one.name} is {weight.dtype}; needed float32, bfloat16 or float16, such as "
-                "model.float()"
-            )
-        if not is_sharded(weight) and weight.shape[1] > 1 and weight.stride(1) != 1:
-            raise ValueError(
-                f"model: the weight of {one.name} has strides {tuple(weight.stride())}; needed rows contiguous: "
-                "layer.weight.data = layer.weight.data.contiguous()"
-            )

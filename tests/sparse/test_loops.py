@@ -548,7 +548,7 @@ def test_weights_tied_after_the_swap_are_an_error():
     model, _, optimizer = salient_run()
     first, second = (layer.self_attn.q_proj for layer in model.model.layers)
     second.weight = first.weight
-    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.q_proj shares its weight with model\.layers\.1"):
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj shares its weight with model\.layers\.0"):
         train(model, optimizer, range(1))
 
 

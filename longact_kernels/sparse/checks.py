@@ -1,0 +1,71 @@
+"""Whether layers can be trained sparsely: before they are swapped, and once a step afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.projections import Projection
+from longact_kernels.sparse.sharding import is_sharded
+
+
+def projections(found: list[Projection]) -> None:
+    """What our forward, our kernels and one buffer for all layers need of the layers.
+
+    Raises:
+        ValueError: if a layer lacks it; the message names the layer.
+    """
+    remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
+    if len(devices := {str(one.module.get_parameter("weight").device) for one in found}) > 1:
+        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
+    for one in found:
+        weight = one.module.get_parameter("weight")
+        if "forward" in vars(one.module):
+            raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model: the weight of {one.name} is {weight.dtype}; needed float32, bfloat16 or float16, such as "
+                "model.float()"
+            )
+        if not is_sharded(weight) and weight.shape[1] > 1 and weight.stride(1) != 1:
+            raise ValueError(
+                f"model: the weight of {one.name} has strides {tuple(weight.stride())}; needed rows contiguous: "
+                "layer.weight.data = layer.weight.data.contiguous()"
+            )
+
+
+def in_place(model: nn.Module, layers: Mapping[str, SalientLayer]) -> None:
+    """Raises RuntimeError if something has been put in the place of a layer, such as an adapter."""
+    modules: dict[str, Any] = {"": model}
+
+    def find(name: str) -> Any:
+        """`get_submodule`, which takes long for every layer of a large model at every step."""
+        if name not in modules:
+            path, _, own = name.rpartition(".")
+            modules[name] = getattr(find(path), own, None)
+        return modules[name]
+
+    for name, layer in layers.items():
+        found = find(name)
+        if found is not layer:
+            what = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__} now"
+            raise RuntimeError(
+                f"LongAct: {name} is {what}, so that its weight would not be trained sparsely; put adapters on "
+                "other layers, before LongAct is made (they train densely beside it), or train without LongAct"
+            )
+
+
+def apart(layers: Mapping[str, SalientLayer]) -> None:
+    """Raises RuntimeError if two layers have come to share a weight."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        if other != name:
+            raise RuntimeError(
+                f"LongAct: {name} shares its weight with {other} now; needed a weight each, since each has a set of "
+                "its own"
+            )
