@@ -148,7 +148,7 @@ class SalientOptimizer(Optimizer, ABC):
         salient = salient_weights()
         ids = {id(p) for p in params_of(self.param_groups)}
         for longact in self._controllers(salient):
-            longact.zeroed(ids)
+            longact.zero_grad(ids)
 
     # Split
 

@@ -194,7 +194,7 @@ class LongAct:
         self._undo += tell_tokens(self.model, self.call)
         attentions = dict.fromkeys(projection.attention for projection in projections)
         self._undo += tell_masks(map(self.model.get_submodule, attentions), self.call)
-        self._undo.append(TellingZeroGrad(self.model, self.zeroed).undo)
+        self._undo.append(TellingZeroGrad(self.model, self.zero_grad).undo)
         if config.grad == "compact":
             self.compact = CompactGradients(self.model, self.layers)
             self._undo += self.compact.undo()
@@ -290,10 +290,13 @@ class LongAct:
     def _drop_zeroed(self, zeroed: list[Pass]) -> None:
         self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
 
-    def zeroed(self, ids: set[int] | None = None) -> None:
-        """Says that gradients have been zeroed: of the parameters with these ids, or of all.
+    def zero_grad(self, ids: set[int] | None = None) -> None:
+        """Clears compact gradients, and forgets the batch that they and the weights' gradients came from.
 
         `zero_grad` of the model, of `SalientAdamW` and of attached optimizers calls it.
+
+        Args:
+            ids: of the parameters whose gradients have been zeroed; all if not given.
         """
         self.drop(None if ids is None else [layer for layer in self.layers.values() if id(layer.weight) in ids])
 

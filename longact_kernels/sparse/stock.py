@@ -23,7 +23,7 @@ class Attached:
         self.longact = longact
         self.verdict: Tensor | None = None  # that of the step under way
         optimizer._longact = longact
-        TellingZeroGrad(optimizer, lambda: longact.zeroed(_ids(optimizer)))
+        TellingZeroGrad(optimizer, lambda: longact.zero_grad(_ids(optimizer)))
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         optimizer.register_state_dict_post_hook(self._save)
