@@ -1,6 +1,7 @@
 """Contenders that do the same work, timed in turns, so that whatever else the machine does hits all of them alike."""
 
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -101,8 +102,13 @@ def allocated(run: Callable) -> tuple[int, int]:
         run()
         synchronize()
         return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+    gc.collect()  # what is freed meanwhile would count
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    finally:
+        gc.enable()
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -78,9 +78,11 @@ class Pass:
         return bool(begins and grad._version != self.version and self.told and not grad.any())
 
     def touched(self) -> bool:
-        """Whether somebody has changed the witness's gradient in place since the last backward."""
+        """Whether somebody has changed the witness's gradient since the last backward (not clipped to no effect)."""
         grad = None if self.witness is None else self.witness.grad
-        return grad is not None and self.version is not None and grad._version != self.version
+        if grad is None or self.version in (None, grad._version) or not isinstance(self.told, Tensor):
+            return False
+        return not torch.equal(torch.linalg.vector_norm(grad, inf).to(self.told), self.told)
 
     def is_zero(self) -> bool:
         """Whether the witness's gradient is nothing but zeros."""
