@@ -66,7 +66,7 @@ def environment(name: str, folder: Path, dry: bool) -> dict[str, str]:
 
 def run(name: str, folder: Path, dry: bool, seconds: float, log, lock: threading.Lock) -> None:
     """Runs a stage, ends it with all that it started once its time is up, and adds the row that says how it went."""
-    command = [sys.executable, "-m", "bench.gpu.stage", name, str(folder), *["--dry-run"] * dry]
+    command = [sys.executable, "-m", "bench.gpu.stage", name, str(folder), str(seconds), *["--dry-run"] * dry]
     began = time.monotonic()
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(name, folder, dry), start_new_session=True,
@@ -82,7 +82,7 @@ def run(name: str, folder: Path, dry: bool, seconds: float, log, lock: threading
     stop.cancel()
     took = time.monotonic() - began
     ended = {0: "passed", -signal.SIGKILL: f"stopped after {seconds:.0f} s"}.get(status, f"failed ({status})")
-    Stage(name, folder, dry).row("stage", result=ended, seconds=round(took, 1))
+    Stage(name, folder, dry, seconds).row("stage", result=ended, seconds=round(took, 1))
 
 
 def has_gpu() -> bool:

@@ -19,11 +19,13 @@ class Stage:
         name: of the stage, and of its module in this package.
         folder: where results go.
         dry: tiny shapes on a CPU, to try the script itself.
+        seconds: its limit.
     """
 
     name: str
     folder: Path
     dry: bool
+    seconds: float
 
     def row(self, what: str, **figures) -> None:
         """Adds a line to the results at once, so that a stage that is stopped keeps what it had."""
@@ -49,10 +51,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.stage", description=__doc__)
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("seconds", type=float)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     prepare_interpreter()
-    stage = Stage(args.name, args.folder, args.dry_run)
+    stage = Stage(args.name, args.folder, args.dry_run, args.seconds)
     return importlib.import_module(f"bench.gpu.{args.name}").run(stage) or 0
 
 

@@ -1,12 +1,15 @@
 """Stage 3: the tests of the ops, several at a time; they run on the GPU where there is one."""
 
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from bench.gpu.stage import ROOT, Stage
 
+REPORTING = 12  # seconds that pytest gets to say what failed before its stage is stopped
 OWN_STAGE = "test_cuda.py"
 USES_OPS = re.compile(
     r"^\s*(from longact_kernels\.(ops|functional)\b|from longact_kernels import .*\b(ops|functional)\b)", re.M
@@ -47,6 +50,8 @@ def pytest(stage: Stage, paths: list[Path], *options: str) -> int:
     process = subprocess.Popen(
         [*command, *options, *map(str, paths)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    stop = threading.Timer(max(1, stage.seconds - REPORTING), process.send_signal, (signal.SIGINT,))
+    stop.start()
     last = ""
     for line in process.stdout:
         print(line, end="")
@@ -55,4 +60,5 @@ def pytest(stage: Stage, paths: list[Path], *options: str) -> int:
         last = line.strip() or last
     counts = {outcome: int(n) for n, outcome in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     stage.row("counts", **counts)
+    stop.cancel()
     return process.wait()
