@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
 from longact_kernels.sparse.statistics import STATISTICS, Measured, Statistics
 from longact_kernels.sparse.stock import Attached
 from longact_kernels.sparse.tokens import Call, tell_masks, tell_tokens
+from longact_kernels.warning import LongActWarning
 
 
 class LongAct:
@@ -318,6 +320,11 @@ class LongAct:
         """Whether there is no set yet, and nothing to choose one from."""
         return not any(s.chosen for s in self._sets()) and not self.batch.present
 
+    @property
+    def _trains(self) -> bool:
+        """Whether a layer is in training mode."""
+        return any(layer.training for layer in self.layers.values())
+
     # One optimizer step
 
     def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -365,6 +372,13 @@ class LongAct:
             return
         if self.idle and not is_distributed():
             self._raise_idle()
+        if not (self.batch.present or self.frozen or self._trains):
+            warnings.warn(
+                "LongAct: this step's gradients come from evaluation mode, where nothing is measured, so the "
+                "salient sets stay as they are; call model.train() before the forward pass",
+                LongActWarning,
+                stacklevel=2,
+            )
         self._masked = True
         if self.compact is not None:
             self.compact.reduce()
@@ -400,9 +414,14 @@ class LongAct:
                 self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
 
     def _raise_idle(self, what: str = "a step") -> None:
+        if not self._trains:
+            raise RuntimeError(
+                f"LongAct: {what} came, but the model is in evaluation mode, as from_pretrained() returns it, and has "
+                "measured nothing; call model.train() before the forward pass"
+            )
         raise RuntimeError(
             f"LongAct: {what} came before any activation statistics; they are collected while the model is in training "
-            "mode (model.train()) and gradients are on, and go with gradients that are zeroed before a step"
+            "mode (model.train()) and gradients are on, and are dropped when gradients are zeroed before a step"
         )
 
     def _bad_layers(self) -> Tensor:

@@ -1,6 +1,7 @@
 """When a step ends, and what is in it: optimizers of all kinds, closures, schedulers, freezing, evaluation mode."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from situations import (
 )
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels import LongAct, LongActWarning, SalientAdamW
 
 OPTIONS = [{}, {"selection": "current", "statistic": "l2"}, {"refresh_every": 2}]
 KINDS = pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -584,13 +585,40 @@ def test_a_run_in_evaluation_mode_from_the_start_is_sparse_or_refused(kind):
     try:
         train(model, optimizer, range(1))
     except RuntimeError as error:
-        assert "train" in str(error)
+        assert "model.train()" in str(error)
         assert not any(moved_rows(model, start).values())
     else:
         plain = WrittenOut(tiny_model())
         plain.backward(tokens(seed=0))
         plain.step()
         assert sets(longact) == plain.sets
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (salient_run, {}),
+        (salient_run, {"selection": "current"}),
+        (salient_run, {"grad": "compact"}),
+        (stock_run, {}),
+        (stock_run, {"selection": "current"}),
+    ],
+)
+def test_a_step_in_evaluation_mode_says_so(make, options):
+    model, longact, optimizer = make(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LongActWarning)
+        train(model, optimizer, range(2))
+        backward(model, tokens(seed=2))
+        model.eval()
+        with torch.no_grad():
+            model(tokens(seed=7))  # an evaluation before the step is none of its business
+        optimizer.step()
+        optimizer.zero_grad()
+    before = sets(longact)
+    with pytest.warns(LongActWarning, match=r"model\.train\(\)"):
+        train(model, optimizer, [3])
+    assert sets(longact) == before
 
 
 # Batches that are dropped, with whole gradients
