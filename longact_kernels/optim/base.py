@@ -345,17 +345,17 @@ class SalientOptimizer(Optimizer, ABC):
             states = [[held for name, held in sorted(state.items()) if name != "rows"] for _, state, _ in entries]
             # Values of 32 bits are what `carry_` moves.
             wide = [[own.float() if own.dtype == torch.bfloat16 else own for own in layer] for layer in states]
-            stays = ops.carry_(
-                wide, [state["rows"] for _, state, _ in entries], [index for *_, index in entries], AXES[dim]
-            )
+            old, new = [state["rows"] for _, state, _ in entries], [index for *_, index in entries]
+            stays = ops.carry_(wide, old, new, AXES[dim])
             for own, carried in zip(itertools.chain(*states), itertools.chain(*wide), strict=True):
                 if carried is not own:
                     own.copy_(carried)
-            for (p, state, index), kept in zip(entries, stays, strict=True):
-                state["rows"].copy_(index)
+            torch._foreach_copy_(old, new)
+            chosen = torch._foreach_clamp_min(new, 0)
+            for (p, state, _), kept, rows in zip(entries, stays, chosen, strict=True):
                 if "master" in state:
-                    fresh = p.detach().index_select(dim, index.clamp(min=0)).float()
-                    state["master"].copy_(torch.where(kept.unsqueeze(1 - dim), state["master"], fresh))
+                    master, fresh = state["master"], p.detach().index_select(dim, rows)
+                    torch.where(kept.unsqueeze(1 - dim), master, fresh, out=master)
 
     def _follow_weights(self, params: list[Any]) -> None:
         """Takes what somebody else has written to a weight over into its master: a checkpoint, an average, a bound."""

@@ -14,7 +14,7 @@ from longact_kernels.sparse.statistics import Measured
 
 # What choosing writes, and what it looks up.
 _WRITTEN = ("index", "before", "first", "saliency", "times")
-_LOOKED_UP = ("_widths", "_segments", "_sizes")
+_LOOKED_UP = ("_segments", "_layer_of_channel", "_layer_of_place", "_first_of_place")
 
 
 @dataclass
@@ -48,7 +48,6 @@ class ChosenSets:
         self.before, self.first = self.index.clone(), self.index.clone()
         self.saliency = torch.zeros(channels, device=device)
         self.times = torch.zeros(len(select.sizes), dtype=torch.int32, device=device)
-        self._sizes = torch.tensor(select.sizes)
         self._saved: _Saved | None = None
 
     @property
@@ -58,8 +57,13 @@ class ChosenSets:
     def begin(self, sets: list[SalientSet]) -> None:
         """Takes the layers' sets, once all are made."""
         self.sets = sets
-        self._widths = torch.tensor([s.channels.stop - s.channels.start for s in sets])
+        layers = torch.arange(len(sets))
+        first = torch.tensor([s.channels.start for s in sets])
+        widths = torch.tensor([s.channels.stop - s.channels.start for s in sets])
         self._segments = torch.tensor([s.segments.stop - s.segments.start for s in sets])
+        self._layer_of_channel = layers.repeat_interleave(widths)
+        self._layer_of_place = layers.repeat_interleave(torch.tensor(self.select.sizes))
+        self._first_of_place = first[self._layer_of_place]
 
     def parts(self, of_sets: Tensor) -> tuple[Tensor, ...]:
         """Each layer's part of a tensor that has something for every slot of every set, as views."""
@@ -79,7 +83,15 @@ class ChosenSets:
 
     def by_layer(self, of_segments: Tensor) -> Tensor:
         """Bool [layers], whether any of a layer's segments is true."""
-        return torch.segment_reduce(of_segments.float(), "max", lengths=self._segments) > 0
+        # Unsafe: else the host would wait, to see whether the lengths fit.
+        return torch.segment_reduce(of_segments.float(), "max", lengths=self._segments, unsafe=True) > 0
+
+    def outside(self) -> Tensor:
+        """Bool [channels of all layers], whether a channel is in no set."""
+        channels = len(self.saliency)
+        outside = torch.ones(channels + 1, dtype=torch.bool, device=self.device)  # empty slots clear the last
+        places = torch.where(self.index < 0, channels, self.index + self._first_of_place)
+        return outside.index_fill_(0, places, False)[:-1]
 
     def choose(self, measured: Measured, step: int, among: list[bool] | None = None, bad: Tensor | None = None) -> None:
         """Chooses sets anew; those of layers that no activation reached stay.
@@ -98,10 +110,10 @@ class ChosenSets:
         saliency, known = measured.value, self.times > 0
         if self.ema:
             averaged = self.saliency.lerp(saliency, 1 - self.ema)
-            saliency = torch.where(self._by_channel(known), averaged, saliency)
-        self.saliency.copy_(torch.where(self._by_channel(fed), saliency, self.saliency))
+            saliency = torch.where(known[self._layer_of_channel], averaged, saliency)
+        self.saliency.copy_(torch.where(fed[self._layer_of_channel], saliency, self.saliency))
         index = self.select(self.saliency, step)
-        here, new = (of.repeat_interleave(self._sizes, output_size=len(index)) for of in (fed, fed & ~known))
+        here, new = fed[self._layer_of_place], (fed & ~known)[self._layer_of_place]
         self.before.copy_(torch.where(here, self.index, self.before))
         self.index.copy_(torch.where(here, index, self.index))
         self.first.copy_(torch.where(new, index, self.first))
@@ -111,9 +123,6 @@ class ChosenSets:
         if not all(salient.chosen for salient in self.sets):  # a first set asks the host to wait
             for salient, reached in zip(self.sets, fed.tolist(), strict=True):
                 salient.chosen |= reached
-
-    def _by_channel(self, of_layers: Tensor) -> Tensor:
-        return of_layers.repeat_interleave(self._widths, output_size=len(self.saliency))
 
     def save(self) -> None:
         """Keeps what there is, for `take_back`."""

@@ -398,13 +398,14 @@ class LongAct:
         self._chosen.save()
         measured = self._statistics.measure("batch", all_reduce)
         self._chosen.choose(measured, self._steps, None if all(among) else among, self._bad)
+        outside = self._chosen.outside()
         for layer, dense in zip(layers, among, strict=True):
             if not dense:
                 continue
             salient = layer.salient
             if salient.chosen:
                 salient.active = True
-                gradients.mask_(layer)
+                gradients.mask_(layer, outside)
             elif layer.weight.grad is not None and (self._bad is None or not self._bad):
                 raise RuntimeError(
                     f"LongAct: {salient.name} has a gradient, but no activation statistics to choose its salient set "
@@ -412,6 +413,13 @@ class LongAct:
                 )
             if self.config.selection == "lagged":
                 self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
+
+    def mask_again(self, ids: set[int]) -> None:
+        """Zeroes what has come to the gradients of some weights, given by id, since and lies outside the sets."""
+        outside = self._chosen.outside()
+        for layer in self.layers.values():
+            if layer.salient.chosen and id(layer.weight) in ids:
+                gradients.mask_(layer, outside)
 
     def _raise_idle(self, what: str = "a step") -> None:
         if not self._trains:

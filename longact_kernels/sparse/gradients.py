@@ -11,16 +11,12 @@ from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.sharding import local, local_mask
 
 
-def mask_(layer: SalientLayer) -> None:
-    """Zeroes the gradient of a layer's weight outside its salient set."""
+def mask_(layer: SalientLayer, outside: Tensor) -> None:
+    """Zeroes the gradient of a layer's weight in the channels of all layers that are in no set, bool [channels]."""
     weight, salient = layer.weight, layer.salient
-    if weight.grad is None:
-        return
-    # One place more, which empty slots (-1) clear.
-    outside = torch.ones(weight.shape[salient.dim] + 1, dtype=torch.bool, device=weight.device)
-    outside[salient.index] = False
-    outside = local_mask(weight, outside[:-1], salient.dim)
-    local(weight.grad).masked_fill_(outside.unsqueeze(1 - salient.dim), 0)
+    if weight.grad is not None:
+        own = local_mask(weight, outside[salient.channels], salient.dim)
+        local(weight.grad).masked_fill_(own.unsqueeze(1 - salient.dim), 0)
 
 
 def compact_grad(layer: SalientLayer) -> Tensor | None:
@@ -45,5 +41,12 @@ def clip_(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
 
 def nonfinite(tensors: Iterable[Tensor]) -> Tensor:
     """For each tensor whether it holds a NaN or Inf, bool [tensors]."""
-    largest = torch._foreach_norm([local(one) for one in tensors], float("inf"))
-    return ~torch.stack([one.float() for one in largest]).isfinite()
+    parts = [local(one) for one in tensors]
+    flags = [torch.zeros((), dtype=torch.bool, device=parts[0].device)] * len(parts)  # one of no elements holds none
+    for dtype in {one.dtype for one in parts}:  # those of one dtype take few launches together
+        alike = [i for i, one in enumerate(parts) if one.dtype == dtype and one.numel()]
+        if alike:
+            largest = torch.stack(torch._foreach_norm([parts[i] for i in alike], float("inf")))
+            for i, bad in zip(alike, (~largest.isfinite()).unbind(), strict=True):
+                flags[i] = bad
+    return torch.stack(flags)

@@ -161,10 +161,10 @@ class Selection:
         kept = None
         if self.keep is not None and self.keep < len(chosen):
             kept = torch.zeros_like(chosen, dtype=torch.bool)
-            kept[ops.select(rank[chosen], len(chosen), self.keep)] = True
+            kept.index_fill_(0, ops.select(rank[chosen], len(chosen), self.keep), True)
         if self.strategy == "threshold":
             kinds = self._tables[3]
-            means = torch.segment_reduce(units, "mean", lengths=kinds)
+            means = torch.segment_reduce(units, "mean", lengths=kinds, unsafe=True)
             above = units > self.threshold * means.repeat_interleave(kinds, output_size=len(units))
             kept = above[chosen] if kept is None else kept & above[chosen]
         return kept

@@ -214,14 +214,19 @@ class Statistics:
         kept = dict(zip(self.statistic.fields, buffer.split(widths), strict=True))
         value = self.statistic.value(kept, self._spread)
         first = kept[next(iter(self.statistic.fields))]
-        fed = torch.segment_reduce((first != 0).float(), "max", lengths=self.sizes) > 0
+        fed = self._any(first != 0)
         return Measured(value if self.source is None else value[self.source], fed)
 
     def bad(self) -> Tensor:
         """Bool [segments]: whether the batch has brought a NaN or Inf, on this rank."""
         self.merge_waiting()
         first = self.batch.buffer[: self.channels]
-        return torch.segment_reduce((~first.isfinite()).float(), "max", lengths=self.sizes) > 0
+        return self._any(~first.isfinite())
+
+    def _any(self, of_channels: Tensor) -> Tensor:
+        """Bool [segments], whether any of a segment's channels is true."""
+        # Unsafe: else the host would wait, to see whether the lengths fit.
+        return torch.segment_reduce(of_channels.float(), "max", lengths=self.sizes, unsafe=True) > 0
 
     def _spread(self, of_segments: Tensor) -> Tensor:
         return of_segments.repeat_interleave(self.sizes, output_size=self.channels)

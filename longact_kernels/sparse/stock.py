@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longact_kernels.sparse import gradients
 from longact_kernels.sparse.batch import TellingZeroGrad
 
 
@@ -51,25 +50,35 @@ class Attached:
 
     @torch.no_grad()
     def _prepare(self, optimizer: Any) -> None:
-        """Masks gradients, and takes away bad ones: an optimizer passes over parameters without a gradient."""
+        """Masks gradients, and keeps bad ones from the weights.
+
+        A fused optimizer reads a flag on the device, as GradScaler gives it. Others would have to be told on the host,
+        which waits for it: they pass over parameters whose gradients are taken away.
+        """
         longact = self.longact
+        self._untell(optimizer)  # of a step that failed
         longact.mask_gradients()
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = getattr(optimizer, "found_inf", None) is not None
         grads = [p.grad for p in params]
         self.verdict = None if scaled else longact.verdict(grads, lambda i: longact.name_of(params[i]))
-        if self.verdict is not None and self.verdict:
+        if self.verdict is not None and all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = self.verdict.float()
+        elif self.verdict is not None and self.verdict:
             for p in params:
                 p.grad = None
-        ids = set(map(id, params))
-        for layer in longact.layers.values():
-            if layer.salient.chosen and id(layer.weight) in ids:
-                gradients.mask_(layer)  # also what did not come through the layer
+        longact.mask_again(set(map(id, params)))  # also what did not come through the layers
 
     def _after(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         if self.longact.layers:
             bad = getattr(optimizer, "found_inf", None) if self.verdict is None else self.verdict
             self.longact.end_step(optimizer, bad)
+        self._untell(optimizer)
+
+    def _untell(self, optimizer: Any) -> None:
+        if self.verdict is not None:
+            optimizer.__dict__.pop("found_inf", None)
+            self.verdict = None
 
     def _save(self, optimizer: Any, saved: dict[str, Any]) -> None:
         longact = self.longact

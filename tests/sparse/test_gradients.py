@@ -8,6 +8,7 @@ from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.functional import salient_linear
+from longact_kernels.sparse.gradients import nonfinite
 
 # A large eps: the gradient of a key's bias is 0 but for rounding, which would otherwise be scaled up to full steps.
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
@@ -174,3 +175,16 @@ def test_gradient_hooks_of_a_weight_do_not_go_with_compact_gradients():
         ValueError, match=r"^grad: the weight of model\.layers\.0\.self_attn\.q_proj has a gradient hook"
     ):
         backward(model, tokens())
+
+
+def test_nonfinite_takes_any_mixture_of_tensors():
+    tensors = [
+        torch.tensor([1.0, torch.nan], dtype=torch.bfloat16),
+        torch.zeros(0),
+        torch.tensor([65504.0], dtype=torch.float16),
+        torch.tensor([[-torch.inf, 0.0]]),
+        torch.tensor(1e300, dtype=torch.float64),
+        torch.full((3,), 3e38),
+    ]
+    assert nonfinite(tensors).tolist() == [not tensor.isfinite().all() for tensor in tensors]
+    assert nonfinite(tensors[1:2]).tolist() == [False]

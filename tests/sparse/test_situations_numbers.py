@@ -1,6 +1,7 @@
 """NaN and Inf in activations, gradients and losses: none reaches a weight, and training goes on without the batch."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ KINDS = {
     "current": {"selection": "current", "statistic": "l2"},
     "compact": {"grad": "compact"},
     "stock": {"stock": True},
+    "stock, fused": {"stock": True, "fused": True},
 }
 VALUES = pytest.mark.parametrize(
     ("kind", "where", "value"),
@@ -88,7 +90,7 @@ VALUES = pytest.mark.parametrize(
         *(("lagged", where, INF) for where in ("activation", "gradient of an MLP")),
         *(
             (kind, where, NAN)
-            for kind in ("current", "compact", "stock")
+            for kind in ("current", "compact", "stock", "stock, fused")
             for where in ("activation", "loss", "gradient of a query", "gradient of an MLP")
         ),
     ],
@@ -97,6 +99,8 @@ VALUES = pytest.mark.parametrize(
 
 def make(kind: dict, **options):
     kind = dict(kind)
+    if kind.pop("fused", False):
+        kind["kind"] = partial(torch.optim.AdamW, **HYPER, fused=True)
     return (stock_run if kind.pop("stock", False) else salient_run)(**kind, **options)
 
 
