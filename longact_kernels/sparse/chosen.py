@@ -151,14 +151,26 @@ class ChosenSets:
                 salient.chosen, salient.active = chosen, active
         self._saved = None
 
-    def load(self, salient: SalientSet, index: Tensor, saliency: Tensor) -> None:
-        """Takes a set that was saved, and what it was chosen from."""
+    def state(self, salient: SalientSet) -> dict[str, Tensor]:
+        """A layer's set with its history, for `load`."""
         place = self.sets.index(salient)
-        salient.index.copy_(index)
+        return {
+            "salient_rows": salient.index.clone(),
+            "salient_before": self.parts(self.before)[place].clone(),
+            "salient_first": self.parts(self.first)[place].clone(),
+            "salient_times": self.times[place].clone(),
+            "salient_saliency": self.saliency[salient.channels].clone(),
+        }
+
+    def load(self, salient: SalientSet, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave; one that was saved before it had a history begins one."""
+        place = self.sets.index(salient)
+        salient.index.copy_(state["salient_rows"])
         salient.version += 1
-        self.parts(self.first)[place].copy_(salient.index)
-        self.times[place] = 1
-        self.saliency[salient.channels] = saliency.to(self.saliency)
+        self.parts(self.before)[place].copy_(state.get("salient_before", salient.index))
+        self.parts(self.first)[place].copy_(state.get("salient_first", salient.index))
+        self.times[place] = int(state.get("salient_times", salient.chosen))
+        self.saliency[salient.channels] = state["salient_saliency"].to(self.saliency)
 
     def history(self) -> Iterator[tuple[SalientSet, Tensor | None, Tensor]]:
         """Every layer that has a set, with the set before it, if there was one, and its first."""

@@ -738,8 +738,7 @@ class LongAct:
         return {
             "salient_steps": torch.tensor(self.steps),
             "salient_flags": torch.tensor([salient.active, False, salient.chosen]),
-            "salient_rows": salient.index.clone(),
-            "salient_saliency": self._chosen.saliency[salient.channels].clone(),
+            **self._chosen.state(salient),
             **{name: part.clone() for name, part in period.items()},
         }
 
@@ -772,8 +771,7 @@ class LongAct:
         self._steps = int(state["salient_steps"])
         active, _, chosen = map(bool, state["salient_flags"].tolist())
         salient.active, salient.chosen, salient.has_grad = active, chosen, False
-        if chosen:
-            self._chosen.load(salient, state["salient_rows"], state["salient_saliency"])
+        self._chosen.load(salient, state)
         for name, part in self._statistics.state(salient.channels, salient.segments).items():
             part.copy_(state[name])
         if self.compact is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from longact_kernels.commands.console import progress_bar
-from longact_kernels.commands.files import read_metrics
+from longact_kernels.commands.files import read_metrics, write_whole
 
 
 class MetricsFile(TrainerCallback):
@@ -25,14 +25,14 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path, resumed_step: int = 0):
-        self.path = path
+        self.path, self.resumed_step = path, resumed_step
         self.steps = 0
         self.seconds = 0.0
         self.tokens = 0
-        kept = [record for record in read_metrics(path) if record["step"] <= resumed_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
+        kept = [record for record in read_metrics(self.path) if record["step"] <= self.resumed_step]
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -32,7 +32,9 @@ def main(argv: list[str]) -> int:
             return 0
     except KeyboardInterrupt:
         pass
+    finally:
+        run.folder.close()
     command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
-    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.checkpoint_step}; go on with")
+    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.saved_step}; go on with")
     run.console.print(command, soft_wrap=True, markup=False, highlight=False)
     return INTERRUPTED

@@ -1,120 +1,238 @@
 """The folder of a run: whose it is, what it remembers for resuming, where its last checkpoint lies."""
 
 import dataclasses
-import json
+import datetime
+import os
+import platform
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig
 
 from longact_kernels import LongAct
+from longact_kernels.commands.files import read_json, write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
+from longact_kernels.commands.train.checkpoints import checkpoints_in, flaw, is_sealed, step_of, trainer_state
 from longact_kernels.commands.train.evaluate import Evaluation
+from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, options_of
+from longact_kernels.warning import LongActWarning
+
+T = TypeVar("T")
+# The lock, and who holds it.
+LOCK, OWNER = ".lock", ".owner.json"
+# What a run has before its first checkpoint: nothing that could be gone on with.
+OF_A_START = {LOCK, OWNER, "run.json", "accuracy_before.json", "metrics.jsonl"}
 
 
 class RunFolder:
-    """A run's `output_dir`.
+    """A run's `output_dir`, which is this process's until `close`.
 
     Args:
-        path: need not exist; nothing is written before `begin`.
-        arguments: of the run that is about to begin or go on.
+        arguments, training: of the run that is about to begin or go on.
+
+    Attributes:
+        checkpoint: the last whole checkpoint, from which a resumed run goes on.
+        changes: which options a resumed run has changed, each with its step.
 
     Raises:
-        ValueError: the folder holds another run, or none where one is to be resumed.
+        ValueError: the folder cannot be written to, is in use, holds another run, or none that could be resumed.
     """
 
-    def __init__(self, path: str, arguments: TrainArguments):
-        self.path = Path(path)
-        self.arguments = arguments
+    def __init__(self, arguments: TrainArguments, training: GRPOConfig):
+        self.path = Path(training.output_dir)
+        self.arguments, self.training = arguments, training
         self.metrics = self.path / "metrics.jsonl"
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir: {path} is a file; name another output_dir")
-        if not arguments.resume:
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise ValueError(
-                    f"output_dir: {path} is not empty; go on with the run in it by --resume, or name another output_dir"
-                )
-            return
+        self._lock: FileLock | None = None
+        self._made: list[Path] = []
         try:
-            # A run that began before there was an option had what is its default now.
-            defaults = {option.name: option.default for option in dataclasses.fields(arguments)}
-            held = defaults | json.loads((self.path / "run.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"output_dir: {path} holds no run to resume") from error
-        for key, wanted in arguments.what_is_trained().items():
-            if held.get(key) != wanted:
+            self.checkpoint, self.changes = in_first_process(self._open)
+        except ValueError:
+            self.close()
+            raise
+
+    def _open(self) -> tuple[Path | None, list[dict]]:
+        """Takes the folder; returns the checkpoint to go on from, and what has changed by then."""
+        self._check_writable()
+        if not self.arguments.resume:
+            self._acquire()
+            held = {path.name for path in self.path.iterdir()}
+            if not held <= OF_A_START | {path.name for path in checkpoints_in(self.path) if not is_sealed(path)}:
                 raise ValueError(
-                    f"output_dir: {path} holds another run, with {key} {held.get(key)!r} instead of {wanted!r}; "
-                    "resume with the same settings, or name another output_dir"
+                    f"output_dir: {self.path} is not empty; go on with the run in it by --resume, or name another "
+                    "output_dir"
                 )
+            return None, []
+        if not (self.path / "run.json").is_file():
+            raise ValueError(f"output_dir: {self.path} holds no run to resume")
+        check_kept(self.training)
+        self._acquire()
+        held = self._defaults() | read_json(self.path / "run.json")
+        checkpoint = self._last_whole()
+        step = step_of(checkpoint) if checkpoint else 0
+        changes = changes_of(as_of(held, step), self._options(), step, self.path, len(self.arguments.stages()))
+        if 0 < self.training.max_steps < step:
+            raise ValueError(f"max_steps: got {self.training.max_steps}, but the run in {self.path} is at step {step}")
+        return checkpoint, changes
+
+    def _check_writable(self) -> None:
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if there == self.path and not there.is_dir():
+            raise ValueError(f"output_dir: {self.path} is a file; name another output_dir")
+        try:
+            tempfile.TemporaryDirectory(dir=there).cleanup()
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: cannot write in {there} ({error.strerror}); name another output_dir"
+            ) from error
+
+    def _acquire(self) -> None:
+        """Locks the folder. The system frees the lock of a process that is dead."""
+        self._made = [path for path in (self.path, *self.path.absolute().parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            self._lock = None
+            owner = read_json(self.path / OWNER)
+            of = "process {process} on {host}, since {since}".format(**owner) if owner else "another process"
+            raise ValueError(
+                f"output_dir: {self.path} is in use by {of}; wait for it or stop it, or name another output_dir"
+            ) from error
+
+    def close(self) -> None:
+        """Gives the folder back; if no run has begun in it, nothing of it is left."""
+        if self._lock is None:
+            return
+        (self.path / OWNER).unlink(missing_ok=True)
+        begun = (self.path / "run.json").is_file()
+        if not begun:
+            (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+        for path in [] if begun else self._made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+    def _options(self) -> dict:
+        return {
+            **self.arguments.what_is_trained(),
+            "processes": self.training.world_size,
+            "grpo_config": options_of(self.training),
+        }
+
+    def _defaults(self) -> dict:
+        """Of our options: a run that began before there was one had what is its default now."""
+        return {option.name: option.default for option in dataclasses.fields(self.arguments)}
+
+    def _last_whole(self) -> Path | None:
+        """The last checkpoint that a run can go on from; warns of those that it cannot."""
+        flaws = []
+        found = None
+        for checkpoint in checkpoints_in(self.path):
+            if (wrong := flaw(checkpoint, self.training.world_size)) is None:
+                found = checkpoint
+                break
+            flaws.append((checkpoint, f"{checkpoint} {wrong}"))
+        if found is None and any(is_sealed(checkpoint) for checkpoint, _ in flaws):
+            raise ValueError(
+                f"output_dir: there is no checkpoint to go on from: {flaws[0][1]}; restore it, or name another "
+                "output_dir"
+            )
+        for _, wrong in flaws:
+            then = f"going on from {found.name}" if found else "there is none before it, so the run begins again"
+            warnings.warn(f"{wrong}; {then}", LongActWarning, stacklevel=2)
+        return found
+
+    def own(self) -> None:
+        """Says who has the folder."""
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(self.path / OWNER, {"process": os.getpid(), "host": platform.node(), "since": since})
 
     def begin(self) -> None:
         """Makes the folder this run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "run.json").write_text(json.dumps(self.arguments.what_is_trained(), indent=2))
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The last complete checkpoint; the trainer writes its state into it last of all."""
-        complete = (state.parent for state in self.path.glob("checkpoint-*/trainer_state.json"))
-        return max(complete, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+        write_json(self.path / "run.json", {**self._options(), "changes": self.changes})
 
     @property
     def checkpoint_step(self) -> int:
-        """The step of the last complete checkpoint; 0 without one."""
-        return int(self.checkpoint.name.partition("-")[2]) if self.checkpoint else 0
+        """The step of the checkpoint that a resumed run goes on from; 0 without one."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint by now; 0 without one."""
+        return next((step_of(path) for path in checkpoints_in(self.path) if is_sealed(path)), 0)
 
     def is_complete(self, max_steps: int) -> bool:
         """Whether the last checkpoint is that of the run's last step; `max_steps` as in `GRPOConfig`."""
         if self.checkpoint is None:
             return False
-        state = self.trainer_state(self.checkpoint)
+        state = trainer_state(self.checkpoint)
         return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
-    def check_stages(self, max_steps: int) -> None:
-        """Whether the stages of `lengths` lie where they did when the run began.
-
-        Raises:
-            ValueError: they do not; the order of the prompts would be another one.
-        """
-        if self.checkpoint is None or len(self.arguments.stages()) == 1:
-            return
-        if max_steps != (planned := self.trainer_state(self.checkpoint)["max_steps"]):
-            raise ValueError(
-                f"max_steps: got {max_steps}, but the run in {self.path} shares {planned} steps out among its lengths "
-                f"{self.arguments.lengths}; resume with max_steps {planned}, or name another output_dir"
-            )
-
-    @staticmethod
-    def trainer_state(checkpoint: Path) -> dict:
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-
-    def evaluation(self, when: str, compute: Callable[[], Evaluation]) -> Evaluation:
-        """The evaluation of that name, computed and kept if an earlier part of the run did not do so."""
-        path = self.path / f"accuracy_{when}.json"
+    def evaluation_before(self, compute: Callable[[], Evaluation]) -> Evaluation:
+        """The evaluation before training, computed if no earlier part of the run did so. With it, a run begins."""
+        path = self.path / "accuracy_before.json"
         # Of several processes, the first one's word counts: it may have written while others come to look.
-        [kept] = broadcast_object_list([json.loads(path.read_text()) if path.is_file() else None])
-        if kept is not None:
-            return Evaluation(**kept)
-        result = compute()
+        result = in_first_process(lambda: read_evaluation(path)) or compute()
         if PartialState().is_main_process:
-            path.write_text(json.dumps({"rewards": result.rewards, "completions": result.completions}))
+            self.begin()
+            write_json(path, dataclasses.asdict(result))
         return result
 
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict) -> None:
+        """Saves the trained model as `model/`, an ordinary checkpoint that appears whole."""
+        with tempfile.TemporaryDirectory(dir=self.path) as aside:
+            model.save_pretrained(Path(aside) / "model", state_dict=weights)
+            tokenizer.save_pretrained(Path(aside) / "model")
+            shutil.rmtree(self.path / "model", ignore_errors=True)
+            (Path(aside) / "model").rename(self.path / "model")
+
     def saliency(self, longact: LongAct) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer, the saliency that the set was last chosen from, and the set; kept for a run resumed at its end."""
-        path = self.path / "saliency.safetensors"
+        """By layer, the saliency that the set was last chosen from, and the set; kept as `saliency.safetensors`."""
         found = {}
         for name, index in longact.sets.items():
             saliency = longact.saliency(name)
             assert saliency is not None  # it has a set
-            found[f"{name}.saliency"] = saliency.cpu().contiguous()
-            found[f"{name}.rows"] = index.cpu()
-        if found:
-            save_file(found, path)
-        kept = load_file(path) if path.is_file() else {}
-        names = [key.removesuffix(".saliency") for key in kept if key.endswith(".saliency")]
-        return {name: (kept[f"{name}.saliency"], kept[f"{name}.rows"]) for name in longact.layers if name in names}
+            found[name] = saliency.cpu().contiguous(), index.cpu()
+        tensors = {f"{name}.saliency": saliency for name, (saliency, _) in found.items()}
+        tensors |= {f"{name}.rows": index for name, (_, index) in found.items()}
+        write_whole(self.path / "saliency.safetensors", lambda path: save_file(tensors, path))
+        return found
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """An evaluation that was kept; None if there is none that can be read."""
+    try:
+        held = Evaluation(**read_json(path))
+        return held if len(held.rewards) == len(held.completions) > 0 else None
+    except TypeError:
+        return None
+    except ValueError as error:
+        warnings.warn(f"{error}: the accuracy before training is measured again", LongActWarning, stacklevel=2)
+        return None
+
+
+def in_first_process(work: Callable[[], T]) -> T:
+    """What `work` returns, or the ValueError that it raises, in the first process; the same in all of them."""
+    found: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = work()
+        except ValueError as error:
+            found[1] = str(error)
+    value, error = broadcast_object_list(found)
+    if error is not None:
+        raise ValueError(error)
+    return value

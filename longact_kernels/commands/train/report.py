@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import platform
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from longact_kernels.commands.files import write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.evaluate import Evaluation
 from longact_kernels.commands.train.figures import DARK, LIGHT, draw
@@ -167,13 +167,13 @@ def write_report(
     after: Evaluation,
 ) -> None:
     """Writes `summary.json`, the pictures and `report.html` into a run's folder."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+    write_json(folder / "summary.json", summary)
     light = dict(draw(LIGHT, metrics, saliency, before, after))
     dark = dict(draw(DARK, metrics, saliency, before, after))
     for name, image in light.items():
-        (folder / f"{name}.png").write_bytes(image)
+        write_whole(folder / f"{name}.png", image)
     figures = "".join(picture(name, TITLES[name], light[name], dark[name]) for name in light)
-    (folder / "report.html").write_text(page(summary, figures, rows, before, after))
+    write_whole(folder / "report.html", page(summary, figures, rows, before, after))
 
 
 def picture(name: str, title: str, light: bytes, dark: bytes) -> str:
@@ -208,6 +208,9 @@ def page(summary: dict, figures: str, rows: list[dict], before: Evaluation, afte
         for i in changed
     ]
     options = {**summary["arguments"], **summary["grpo_config"]}
+    for change in summary["changes"]:
+        name, step = change["option"], change["step"]
+        options[name] = f"{options.get(name, change['to'])} ({change['from']} up to step {step})"
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"

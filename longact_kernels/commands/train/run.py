@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
+from rich.markup import escape
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -19,6 +20,7 @@ from longact_kernels.commands.console import hide_library_bars, progress_bar
 from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.callbacks import GracefulInterrupt, MetricsFile, TrainingProgress
+from longact_kernels.commands.train.checkpoints import saving
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
@@ -42,15 +44,22 @@ class Run:
 
     def __init__(self, arguments: TrainArguments, training: GRPOConfig, console: Console):
         self.arguments, self.training, self.console = arguments, training, console
-        self.folder = RunFolder(training.output_dir, arguments)
-        self.folder.check_stages(training.max_steps)
+        self.folder = RunFolder(arguments, training)
+        try:
+            self._prepare()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _prepare(self) -> None:
+        arguments, training, console = self.arguments, self.training, self.console
         check_packages(training)
         self.reward = reward_of(arguments)
         prompts = read_sources(arguments)
         self.interrupt = GracefulInterrupt(console)
         self.progress = TrainingProgress(console)
         hide_library_bars()
-        with console.status(f"loading {arguments.model}"):
+        with console.status(f"loading {escape(arguments.model)}"):
             self.model, self.tokenizer = load_model(
                 arguments.model,
                 trust_remote_code=training.trust_remote_code,
@@ -86,9 +95,11 @@ class Run:
         self.trainer.remove_callback(ProgressCallback)
         writing: list[TrainerCallback] = []
         if training.process_index == 0:
-            self.folder.begin()
+            self.folder.own()
             writing = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
-        for callback in (EvaluationBefore(self), *writing, self.interrupt):
+        # The first one: with it, a run begins.
+        self.trainer.callback_handler.callbacks.insert(0, EvaluationBefore(self))
+        for callback in (*writing, self.interrupt):
             self.trainer.add_callback(callback)
 
     def evaluate(self, when: str) -> Evaluation:
@@ -118,11 +129,13 @@ class Run:
 
     def before(self) -> Evaluation:
         """The evaluation before training, made only once a run."""
-        return self.folder.evaluation("before", lambda: self.evaluate("before"))
+        return self.folder.evaluation_before(lambda: self.evaluate("before"))
 
     def train(self) -> Evaluation:
         """Evaluates, if that has not been done, and trains from the last checkpoint to the end; returns the former."""
         checkpoint = self.folder.checkpoint
+        if checkpoint:
+            self.before()  # as long as the weights are those before training
         if checkpoint and self.folder.is_complete(self.training.max_steps):
             # The trainer would take one more step.
             self.trainer._load_from_checkpoint(str(checkpoint))
@@ -149,10 +162,11 @@ class Run:
             optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
             state_bytes = optimizer.salient_state_bytes()
             self.longact.restore()
-        self.model.save_pretrained(self.folder.path / "model", state_dict=weights)
-        self.tokenizer.save_pretrained(self.folder.path / "model")
+        with saving(self.folder.path / "model"):
+            self.folder.save_model(self.model, self.tokenizer, weights)
         metrics = read_metrics(self.folder.metrics)
         summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
+        summary["changes"] = self.folder.changes
         write_report(self.folder.path, summary, metrics, saliency, self.held_out, before, after)
         self.console.print(summary_table(summary))
         for name in ("report.html", "model"):

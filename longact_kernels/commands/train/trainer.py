@@ -1,9 +1,15 @@
 """The trainer of `longact train`."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 
+from longact_kernels.commands.console import Failure
+from longact_kernels.commands.train.checkpoints import checkpoints_in, is_sealed, saving, seal
 from longact_kernels.integrations.dynamic_sampling import DynamicSamplingMixin
 from longact_kernels.integrations.prompts import encode_prompts
 from longact_kernels.integrations.shared_prompts import SharedPromptsMixin
@@ -24,6 +30,58 @@ class DriverTrainer(SharedPromptsMixin, DynamicSamplingMixin, LongActGRPOTrainer
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["prompts/mean_length"].append(sum(map(len, ids)) / len(ids))
         return ids, None, {}
+
+    def _save_checkpoint(self, model, trial):
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        # Nothing older goes before the manifest has come.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(checkpoint):
+                super()._save_checkpoint(model, trial)
+                if not self.args.save_only_model:
+                    self._save_completions(checkpoint)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(checkpoint)
+        except Failure:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            for old in [path for path in checkpoints_in(checkpoint.parent) if is_sealed(path)][limit:]:
+                shutil.rmtree(old)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        given = [{name: of for name, of in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        # The options are those that this part of the run was given, not those that the checkpoint was made with.
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group |= {**options, "lr": group["lr"]}
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [options["initial_lr"] for options in given]
+            factors = [of(schedule.last_epoch) for of in schedule.lr_lambdas]
+            schedule._last_lr = [lr * factor for lr, factor in zip(schedule.base_lrs, factors, strict=True)]
+            for group, lr in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = lr
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self._load_completions(Path(checkpoint))
+
+    def _completions_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"completions_{self.args.process_index}.pt"
+
+    def _save_completions(self, checkpoint: Path) -> None:
+        """Keeps the completions that further steps will be on, if there are such."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self._buffered_inputs, self._completions_file(checkpoint))
+
+    def _load_completions(self, checkpoint: Path) -> None:
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if (file := self._completions_file(checkpoint)).is_file():
+            self._buffered_inputs = torch.load(file, map_location=self.accelerator.device, weights_only=True)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: the run's folder has its own report."""
