@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -77,12 +78,14 @@ class SalientOptimizer(Optimizer, ABC):
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.moments = moments
+        self._known: weakref.WeakSet[LongAct] = weakref.WeakSet()  # whose weights it has held
         self._forget()
         super().__init__(params, defaults)
+        self._known.update(self._controllers(salient_weights()))
         if longact is not None:
             longact.check()
             longact.check_trains()
-            if longact not in self._controllers(salient_weights()):
+            if longact not in self._known:
                 raise ValueError("longact: none of its projections' weights is among the parameters given")
 
     def _forget(self) -> None:
@@ -96,6 +99,7 @@ class SalientOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._known = weakref.WeakSet()
         self._forget()
 
     def _controllers(self, salient: Salient) -> list[LongAct]:
@@ -112,7 +116,8 @@ class SalientOptimizer(Optimizer, ABC):
         """
         salient = salient_weights()
         controllers = self._controllers(salient)
-        for longact in controllers:
+        self._known.update(controllers)
+        for longact in [longact for longact in self._known if longact.layers]:
             longact.begin_step(self)
         loss = None
         if closure is not None:

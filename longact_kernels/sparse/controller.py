@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from longact_kernels.sparse import checks, gradients
+from longact_kernels.sparse import checks, engines, gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
@@ -238,9 +238,12 @@ class LongAct:
 
         Raises:
             ValueError: for compact gradients of sharded weights.
-            RuntimeError: if something has been put in the place of one, or nothing is left to train.
+            RuntimeError: if something has been put in the place of one, nothing is left to train, or an engine trains
+                them in another form.
         """
         checks.in_place(self.model, self.layers)
+        for name, layer in self.layers.items():
+            engines.refuse(name, layer, RuntimeError)
         checks.apart(self.layers)
         if self.compact is not None:
             self.compact.check()
@@ -256,6 +259,7 @@ class LongAct:
             )
 
     def _call_begins(self) -> None:
+        engines.refuse_join()
         if not self._checked:
             self.check()
             self._checked = True
@@ -331,7 +335,7 @@ class LongAct:
         """Says that an optimizer begins a step. `SalientAdamW` and attached optimizers do.
 
         Raises:
-            RuntimeError: inside a backward pass, or if layers have been replaced.
+            RuntimeError: inside a backward pass, if layers have been replaced, or the optimizer's parameters.
             FloatingPointError: for bad numbers in an earlier step.
         """
         if torch._C._current_graph_task_id() != -1:
@@ -343,6 +347,12 @@ class LongAct:
         if any(stepped() is optimizer for stepped in self._stepped):
             self.settle()
         self.watch.look()
+        if not self.held_by(optimizer):
+            raise RuntimeError(
+                f"LongAct: this {type(optimizer).__name__} was given the query and key weights, and holds none of them "
+                "any more: an engine (DeepSpeed ZeRO, Megatron's distributed optimizer, FSDP1) has put flat copies in "
+                f"their place, which would train densely, or weights were replaced after it was made; {engines.REMEDY}"
+            )
         if not self._checked:
             self.check()
             self._checked = True
@@ -509,6 +519,7 @@ class LongAct:
         due = self._due
         self._stepped.append(weakref.ref(self if optimizer is None else optimizer))
         if first:
+            self._checked = False
             if self.config.selection == "lagged" and due:
                 self._measured = self._measured_period()
             self.batch.clear()
@@ -549,7 +560,7 @@ class LongAct:
             return
         self._stepped = []
         self._steps += 1
-        self._masked = self._checked = False
+        self._masked = False
         self._bad = self._bad_dense = None
         if self._measured is not None:
             self._chosen.choose(self._measured, self._steps)
@@ -586,6 +597,11 @@ class LongAct:
         if self._chosen.device != device or not self._placed:
             self._place(device)
 
+    def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer holds any of the query and key weights."""
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(layer.weight) in ids for layer in self.layers.values())
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
 
@@ -602,8 +618,8 @@ class LongAct:
             raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
         if getattr(optimizer, "steps_salient_weights", False):
             return  # it finds its controllers by itself
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(layer.weight) in ids for layer in self.layers.values()):
+        self.check()
+        if not self.held_by(optimizer):
             raise ValueError(
                 f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} query and key weights; "
                 "needed the optimizer of LongAct's own model"

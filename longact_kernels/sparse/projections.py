@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from longact_kernels.sparse import engines
 from longact_kernels.sparse.config import Ranges, TargetModules
 
 
@@ -323,6 +324,7 @@ def _check_plain(path: str, module: nn.Module) -> bool:
         raise ValueError(
             f"model: {path} is a {type(module).__name__} already; call restore() on the LongAct that swapped it in"
         )
+    engines.refuse(path, module, ValueError)
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if hasattr(module, "base_layer"):
         raise ValueError(
