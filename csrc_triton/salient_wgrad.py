@@ -26,7 +26,7 @@ def pays(M: int, channels: int, S: int, other: int, itemsize: int) -> bool:
     return itemsize == 4 or saved > M * (channels + S) * PRODUCTS_A_NUMBER + PRODUCTS_A_LAUNCH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "S", "P", "stride_xm"])
 def pack_kernel(
     x_ptr,  # [M, N]; 1 between channels
     index_ptr,  # int64 [S]; -1 for an empty slot
@@ -41,16 +41,23 @@ def pack_kernel(
 ):
     """`packed[:, :S] = x[:, index]`; columns of empty slots, and S .. P, which are alignment, are zero.
 
-    The channels ascend, so that a warp's loads fall on a few neighbouring lines: each is read once from memory and
-    compacted through the first-level cache and shared memory.
+    Programs that follow each other work on the same rows. A tile is a row's slots, one a lane: channels ascend, so that
+    those of neighbouring lanes lie on few lines. Of tiles with two dimensions, Triton may lay the lanes along rows.
     """
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    in_m = offs_m < M
+    blocks = tl.cdiv(P, BLOCK_S)
+    row = tl.program_id(0) // blocks * BLOCK_M
+    offs_s = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1).to(tl.int32)
     in_s = (channel >= 0) & (channel < N)
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + channel[None, :], mask=in_m[:, None] & in_s[None, :], other=0.0)
-    tl.store(packed_ptr + offs_m[:, None] * P + offs_s[None, :], x, mask=in_m[:, None] & (offs_s < P)[None, :])
+    x_ptr += row.to(tl.int64) * stride_xm
+    packed_ptr += row.to(tl.int64) * P
+    lines = ()
+    for m in tl.static_range(BLOCK_M):  # all loads, then all stores: what is loaded after a store waits for it
+        lines += (tl.load(x_ptr + channel, mask=in_s & (row + m < M), other=0.0),)
+        x_ptr += stride_xm
+    for m in tl.static_range(BLOCK_M):
+        tl.store(packed_ptr + offs_s, lines[m], mask=(offs_s < P) & (row + m < M))
+        packed_ptr += P
 
 
 @triton.jit
@@ -107,26 +114,26 @@ def scatter_kernel(
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=written)
 
 
-PACK_CONFIG = {"BLOCK_M": 32, "BLOCK_S": 64, "num_warps": 4}
+PACK_CONFIG = {"BLOCK_M": 16, "BLOCK_S": 128, "num_warps": 4}  # as many slots as lanes
 SCATTER_CONFIG = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 
 def variants() -> list[Variant]:
     """What :func:`longact_kernels.ops.salient_wgrad` launches."""
     found = []
-    for dtype, aligned in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
+    for dtype in ("bf16", "fp16", "fp32"):
         config = dict(PACK_CONFIG)
         found.append(
             Variant(
                 kernel="salient_wgrad",
-                label=f"pack {dtype}" + ("" if aligned else " unaligned"),
+                label=f"pack {dtype}",
                 fn=pack_kernel,
                 types={"x_ptr": f"*{dtype}", "index_ptr": "*i64", "packed_ptr": f"*{dtype}"}
                 | dict.fromkeys(("M", "N", "S", "P", "stride_xm"), "i32"),
                 num_warps=config.pop("num_warps"),
                 constants=config,
-                divisible=("x_ptr", "index_ptr", "packed_ptr", "P", *(("stride_xm",) if aligned else ())),
-                main=dtype == "bf16" and aligned,
+                divisible=("x_ptr", "index_ptr", "packed_ptr"),
+                main=dtype == "bf16",
             )
         )
     forms = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_issues_its_instructions_in_half_the_memory_time(variant, target):
         assert assembly.wide_share(loop) >= 0.85 and not any("BAR" in line for line in loop)
     elif variant.aligned:
         assert assembly.wide_share(loop, index="index_ptr" in variant.types) >= 0.9
+
+
+def test_neighbouring_lanes_pack_neighbouring_slots():
+    """A lane with several slots would load, each time, channels far from those of its neighbours."""
+    pack = next(variant for variant in VARIANTS if variant.label == "pack bf16")
+    ptx = variants.compile_variant(pack, "sm_90").asm["ptx"]
+    assert len(re.findall(r"ld\.global[.\w]*\.b64", ptx)) == 1  # the index
 
 
 def test_labels_are_unique():

@@ -125,6 +125,13 @@ def test_many_tokens_and_the_same_bits_each_time(dtype, axis):
     assert torch.equal(first, ops.salient_wgrad(dy, x, rows, axis))
 
 
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_more_slots_and_tokens_than_a_program_packs(axis):
+    near, other, rows = randn(40, 400), randn(40, 5, seed=1), some(400, 290, empty=3)
+    problem = (*((near, other) if axis == "rows" else (other, near)), rows, axis, True)
+    check(ops.salient_wgrad(*problem), *problem)
+
+
 def test_the_bias_gradient_is_whole():
     dy, x, rows = randn(50, 12), randn(50, 8, seed=1), some(12, 4)
     dw, db = ops.salient_wgrad(dy, x, rows, bias=True)
@@ -191,7 +198,7 @@ def test_packed_tokens_beyond_two_to_the_31_elements():
     # The last one is none of the 32 channels.
     rows, packed = torch.cat([some(32, 15), torch.tensor([40])]), SparseMemory(M * P, torch.bfloat16)
     with program(M // PACK_CONFIG["BLOCK_M"] - 1, 0):
-        pack_kernel[(1, 1)](x, rows, packed.at(0), M, 32, 16, P, 0, **PACK_CONFIG)
+        pack_kernel[(1,)](x, rows, packed.at(0), M, 32, 16, P, 0, **PACK_CONFIG)
     assert torch.equal(packed.at((M - 1) * P, P), torch.where(rows < 32, x[0, rows], 0))
 
 
@@ -276,7 +283,7 @@ def test_bytes_moved(packs):
     with count_bytes() as moved:
         ops.salient_wgrad(dy, x, rows)
     searches = 8 * sum(count_of_probes(rows.tolist(), line) for line in range(80))
-    packing = 2 * 8 * 24 + 2 * 64 * 24
+    packing = 4 * 8 * 24 + 2 * 64 * 24  # four programs read the index
     assert moved["read"] == packs * packing + searches + 2 * 24 * 256
     assert moved["written"] == packs * 2 * 64 * 32 + 2 * 80 * 256
 

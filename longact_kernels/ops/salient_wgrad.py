@@ -141,8 +141,8 @@ def _kernels(
         packed = source.new_empty(M, P)
         if M:
             config = kernels.PACK_CONFIG
-            grid = (-(-M // config["BLOCK_M"]), -(-P // config["BLOCK_S"]))
-            kernels.pack_kernel[grid](source, rows, packed, M, channels, S, P, source.stride(0), **config)
+            grid = -(-M // config["BLOCK_M"]) * -(-P // config["BLOCK_S"])
+            kernels.pack_kernel[(grid,)](source, rows, packed, M, channels, S, P, source.stride(0), **config)
         left, right = (dy, packed) if columns else (packed, x)
     product = _product(left.t(), right, wide=compact or accumulate)
 
