@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def load_model(
@@ -30,23 +38,50 @@ def load_model(
         ValueError: there is no such model, or it cannot be reached; the message is one line and says what to do.
     """
     source = str(smollm2_folder()) if name == "smollm2" else name
+    load_config(name, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **init_kwargs
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise could_not_load(name, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Loads a model's configuration, which tells soon whether there is such a model.
+
+    Args, Raises: as of `load_model`.
+    """
+    source = str(smollm2_folder()) if name == "smollm2" else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"model: the folder {source} holds no model (no config.json in it)")
     try:
         if not Path(source).is_dir():
             look_up(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, **init_kwargs
-        )
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model: could not load {name!r}, which is neither a local folder, nor smollm2, nor a Hub model that can "
-            f"be reached from here ({str(error).strip().splitlines()[0]})"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+        raise could_not_load(name, error) from error
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model was made for; None if its configuration does not say."""
+    text = config.get_text_config()
+    given = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if given and isinstance(factor := rope.get("factor"), int | float):
+        given = max(given, int(factor * rope.get("original_max_position_embeddings", given)))
+    return given
+
+
+def could_not_load(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"model: could not load {name!r}, which is neither a local folder, nor smollm2, nor a Hub model that can "
+        f"be reached from here ({(str(error).strip() or repr(error)).splitlines()[0]})"
+    )
 
 
 def look_up(name: str) -> None:

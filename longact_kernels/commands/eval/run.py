@@ -1,7 +1,6 @@
 """`longact eval`: one model, two models side by side, or a training run before and after."""
 
 import argparse
-import json
 import os
 import re
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from longact_kernels.commands.console import INTERRUPTED, hide_library_bars, progress_bar
 from longact_kernels.commands.eval.compare import Difference, compare
@@ -24,7 +24,8 @@ from longact_kernels.commands.eval.report import (
 )
 from longact_kernels.commands.eval.results import Cell, ResultFolder
 from longact_kernels.commands.eval.tasks import RULER, names_of
-from longact_kernels.commands.files import write_json
+from longact_kernels.commands.files import read_json, write_json
+from longact_kernels.integrations.transformers import load_config
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,13 +59,16 @@ def evaluate_all(arguments: argparse.Namespace, console: Console) -> None:
         places = [
             (task, length) for task in names_of(arguments.tasks) for length in (lengths if task in RULER else [None])
         ]
+    for model in models:  # all of them, before one is evaluated
+        if not ResultFolder.is_one(Path(model)):
+            load_config(model)
     results: list[list[Cell]] = []
     first: Subject | None = None
     for label, model in zip(labels, models, strict=True):
         if ResultFolder.is_one(Path(model)):
             results.append(ResultFolder(Path(model)).cells())
             continue
-        with console.status(f"looking at {model}"):
+        with console.status(f"looking at {escape(model)}"):
             subject = Subject(model, output / label if len(models) > 1 else output, arguments.batch_size)
         first = first or subject
         cells = evaluate_subject(subject, places, arguments.limit, first, console)
@@ -72,7 +76,9 @@ def evaluate_all(arguments: argparse.Namespace, console: Console) -> None:
         results.append(cells)
         draw_scores(subject.results.path / "scores.png", model, cells)
         if len(models) == 1:
-            console.print(f"\n{model}: scores in percent ± standard error", highlight=False, soft_wrap=True)
+            console.print(
+                f"\n{model}: scores in percent ± standard error", highlight=False, markup=False, soft_wrap=True
+            )
             console.print(score_table(cells))
             for line in remarks(cells):
                 console.print(f"• {line}", highlight=False, markup=False)
@@ -101,7 +107,9 @@ def what_to_evaluate(arguments: argparse.Namespace) -> tuple[list[str], list[str
         return [slug(arguments.model)], [arguments.model], output or Path("runs/eval") / slug(arguments.model)
     if not (run / "model").is_dir():
         raise ValueError(f"model: the run {run} has not come to its end, so that it has no model yet")
-    base = json.loads((run / "run.json").read_text())["model"]
+    base = read_json(run / "run.json").get("model")
+    if not isinstance(base, str):
+        raise ValueError(f"model: {run / 'run.json'} names no model; name the two models with --compare")
     return ["before", "after"], [base, str(run / "model")], output or run / "eval"
 
 
@@ -153,7 +161,8 @@ def finish_comparison(
 ) -> list[Path]:
     """Shows and writes the comparison; returns what was written."""
     differences: list[Difference] = compare(*results)
-    console.print(f"\nA = {models[0]}\nB = {models[1]}\nscores in percent", highlight=False, soft_wrap=True)
+    about = f"\nA = {models[0]}\nB = {models[1]}\nscores in percent"
+    console.print(about, highlight=False, markup=False, soft_wrap=True)
     console.print(comparison_table(differences))
     for line in dict.fromkeys(remarks(results[0]) + remarks(results[1])):
         console.print(f"• {line}", highlight=False, markup=False)

@@ -1,7 +1,6 @@
 """What `longact inspect` and `longact perturb` look at: a model, texts, and a folder for what is found."""
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longact_kernels.commands.console import hide_library_bars
-from longact_kernels.commands.files import read_metrics
+from longact_kernels.commands.files import read_json, read_metrics, write_json
 from longact_kernels.commands.inspect.channels import Part, find_parts
 from longact_kernels.commands.inspect.text import Domain, load_domains, sequences
 from longact_kernels.integrations.transformers import load_model
@@ -59,8 +59,7 @@ class Subject:
             "domains": {domain.name: domain.source for domain in self.domains},
             "versions": {package: version(package) for package in VERSIONS} | {"python": sys.version.split()[0]},
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_text(json.dumps(results | about, indent=2) + "\n")
+        write_json(self.folder / name, results | about)
 
 
 def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
@@ -85,9 +84,9 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
             raise ValueError(f"model: the run in {run} has not finished; go on with it by longact train --resume")
         source, metrics = str(run / "model"), read_metrics(run / "metrics.jsonl")
         if arguments.density is None:
-            density = json.loads((run / "run.json").read_text()).get("density", density)
+            density = read_json(run / "run.json").get("density", density)
     hide_library_bars()
-    with console.status(f"loading {source}"):
+    with console.status(f"loading {escape(source)}"):
         model, tokenizer = load_model(
             source,
             dtype=arguments.dtype,

@@ -12,6 +12,7 @@ import yaml
 from trl import GRPOConfig, TrlParser
 
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
+from longact_kernels.commands.train.limits import out_of_limits
 from longact_kernels.sparse.config import LongActConfig, fields
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.build import check_task
@@ -170,6 +171,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class OneLineParser(TrlParser):
     """TRL's parser, with errors as exceptions instead of a page of usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        # Before `GRPOConfig` is made, which computes with them.
+        namespace, rest = super().parse_known_args(args, namespace)
+        if wrong := out_of_limits(vars(namespace)):
+            self.error(wrong)
+        return namespace, rest
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -181,6 +189,9 @@ def parse(argv: list[str]) -> tuple[TrainArguments, GRPOConfig]:
         ValueError: unknown key, wrong value, missing file; the message is one line.
     """
     chosen, _ = read(argv, {})
+    for of in LONGACT if not chosen.longact else ():  # a file may have them, for `--no-longact` to compare with
+        if any(word.partition("=")[0].replace("-", "_") == f"__{of.name}" for word in argv):
+            raise ValueError(f"{of.name}: got it beside --no-longact, which has no salient sets; leave one out")
     preset = ALGORITHMS[chosen.algorithm]
     return read(argv, preset | ({"max_completion_length": TASKS[chosen.task].budget} if chosen.task else {}))
 
@@ -207,6 +218,9 @@ def read(argv: list[str], preset: dict[str, Any]) -> tuple[TrainArguments, GRPOC
     for where, rest in (("config file", in_config), ("command line", on_line)):
         if rest:
             raise ValueError(unknown_key(rest[0], where, known))
+    if training.resume_from_checkpoint or training.ignore_data_skip:
+        name = "resume_from_checkpoint" if training.resume_from_checkpoint else "ignore_data_skip"
+        raise ValueError(f"{name}: longact train goes on by --resume, from where the run was; leave it out")
     if training.optim != GRPOConfig.__dataclass_fields__["optim"].default:
         raise ValueError(f"optim: got {training.optim.value!r}, but longact train has its own optimizer, SalientAdamW")
     return arguments, training

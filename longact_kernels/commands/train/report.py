@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, mean, median
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOConfig
@@ -151,7 +152,8 @@ def headline(summary: dict) -> list[tuple[str, str]]:
 def summary_table(summary: dict) -> Table:
     """The headline figures as a table for the terminal."""
     method = f"LongAct, density {summary['arguments']['density']}" if summary["arguments"]["longact"] else "dense"
-    table = Table(title=f"{summary['model']} · {summary['task']} · {method}", show_header=False, title_justify="left")
+    title = Text(f"{summary['model']} · {summary['task']} · {method}")
+    table = Table(title=title, show_header=False, title_justify="left")
     for name, value in headline(summary):
         table.add_row(name, value)
     return table

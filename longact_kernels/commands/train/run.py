@@ -26,7 +26,7 @@ from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
 from longact_kernels.commands.train.report import summarize, summary_table, write_report
 from longact_kernels.commands.train.trainer import DriverTrainer
-from longact_kernels.integrations.transformers import load_model
+from longact_kernels.integrations.transformers import load_config, load_model, longest_input
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.rewards import Reward, load_reward, string_match_any
 
@@ -55,6 +55,7 @@ class Run:
         arguments, training, console = self.arguments, self.training, self.console
         check_packages(training)
         self.reward = reward_of(arguments)
+        check_lengths(arguments, training)
         prompts = read_sources(arguments)
         self.interrupt = GracefulInterrupt(console)
         self.progress = TrainingProgress(console)
@@ -188,6 +189,21 @@ def reward_of(arguments: TrainArguments) -> Reward:
     if arguments.reward:
         return load_reward(arguments.reward)
     return TASKS[arguments.task].reward if arguments.task else string_match_any
+
+
+def check_lengths(arguments: TrainArguments, training: GRPOConfig) -> None:
+    """Whether prompts and their completions are as long as the model reads.
+
+    Raises:
+        ValueError: they may be longer, or there is no such model.
+    """
+    limit = longest_input(load_config(arguments.model, training.trust_remote_code))
+    length = max(length or 0 for length in arguments.stages())
+    if limit is not None and length + training.max_completion_length > limit:
+        raise ValueError(
+            f"length: got {length}, with {training.max_completion_length} for a completion, but {arguments.model} "
+            f"reads {limit} tokens; needed at most {limit - training.max_completion_length}"
+        )
 
 
 def check_packages(training: GRPOConfig) -> None:

@@ -1,0 +1,43 @@
+"""What TRL's options may be: numbers that it, transformers and torch would take, or fail on in their depths."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Limit = tuple[str, Callable[[float], bool]]
+
+COUNT: Limit = ("a whole number of at least 1", lambda x: x >= 1 and x == int(x))
+POSITIVE: Limit = ("a finite number above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE: Limit = ("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+DECAY: Limit = ("a number of at least 0 and less than 1", lambda x: 0 <= x < 1)
+SHARE: Limit = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
+    ),
+    **dict.fromkeys(
+        ("generation_batch_size", "steps_per_generation", "num_iterations", "max_completion_length"), COUNT
+    ),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), COUNT),
+    **dict.fromkeys(("temperature", "repetition_penalty", "num_train_epochs"), POSITIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "adam_epsilon", "ddp_timeout"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "beta"), NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("epsilon", "epsilon_high", "delta", "entropy_coef", "dataloader_num_workers", "seed"), NOT_NEGATIVE
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    **dict.fromkeys(("min_p", "top_entropy_quantile", "ref_model_mixup_alpha", "label_smoothing_factor"), SHARE),
+    "num_generations": ("a whole number of at least 2", lambda x: x >= 2 and x == int(x)),
+    "max_steps": ("a whole number of at least 1, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1),
+    "top_p": ("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "top_k": ("a whole number of at least 0", lambda x: x >= 0),
+}
+
+
+def out_of_limits(options: dict[str, Any]) -> str | None:
+    """What is wrong with the first option that is; None if none is."""
+    for name, (needed, fits) in LIMITS.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and fits(value)):
+            return f"{name}: got {value}, needed {needed}"
+    return None

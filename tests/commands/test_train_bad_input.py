@@ -1,0 +1,106 @@
+"""What `longact train` refuses before it loads a model: one line, exit status 2, no folder left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from longact_kernels.cli import main
+from longact_kernels.commands.train.limits import LIMITS, out_of_limits
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("place") / "model [/v2]")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr("longact_kernels.commands.train.run.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *((["--learning_rate", value], f"learning_rate: got {float(value)}") for value in ("-1", "nan", "inf")),
+        (["--adam_beta2", "1.5"], "adam_beta2: got 1.5"),
+        (["--temperature", "0"], "temperature: got 0.0, needed a finite number above 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: got 0"),
+        *((["--max_steps", value], f"max_steps: got {value}") for value in ("0", "-5")),
+        (["--length", "100000000"], "length: got 100000000, with"),
+        (["--lengths", "420,2040"], "reads 2048 tokens; needed at most 1920"),
+        (["--output_dir", "/proc/nowhere/run"], "output_dir: cannot write in /proc"),
+        (["--no-longact", "--density", "0.5"], "density: got it beside --no-longact"),
+        (["--no-longact", "--density=0.5"], "density: got it beside --no-longact"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint: longact train goes on by --resume"),
+        (["--ignore_data_skip", "true"], "ignore_data_skip: longact train goes on by --resume"),
+    ],
+)
+def test_it_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, refused, no_weights, words, message):
+    monkeypatch.chdir(tmp_path)
+    before = time.perf_counter()
+    more = ["--max_steps", 2] * (words[0] == "--lengths")
+    assert message in refused("train", "--model", model, "--use_cpu", "true", "--output_dir", "a/b", *more, *words)
+    assert time.perf_counter() - before < 60
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_each_limit_refuses_what_is_no_number_of_its_kind(name):
+    assert all(name in str(out_of_limits({name: value})) for value in (float("nan"), float("inf"), -2))
+    assert out_of_limits({name: None}) is out_of_limits({}) is None
+
+
+def test_defaults_are_within_the_limits():
+    from longact_kernels.commands.train.arguments import parse
+
+    assert out_of_limits(vars(parse(["--use_cpu", "true"])[1])) is None
+
+
+def test_a_refused_command_leaves_nothing_that_refuses_the_corrected_one(model, tmp_path, refused):
+    words = [
+        "--model",
+        model,
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        tmp_path / "a" / "run",
+        "--max_completion_length",
+        6,
+    ]
+    # These come as far as the trainer.
+    for more in (["--num_generations", "3"], ["--per_device_train_batch_size", "8", "--sync_ref_model", "true"]):
+        refused("train", *words, *more, "--reward", "no_such_module:f")
+        assert not any(tmp_path.iterdir())
+    sizes = "--length 420 --train_prompts 4 --eval_prompts 1 --per_device_train_batch_size 4 --num_generations 4"
+    assert main(["train", *map(str, words), *sizes.split(), "--max_steps", "1"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "eval", "inspect", "study"])
+def test_ctrl_c_while_libraries_are_imported_is_quiet(command):
+    took = []
+    for share in (1.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
+        began = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-m", "longact_kernels.cli", command, "no-such-model"],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            if share == 1.0:
+                process.communicate()
+                took.append(time.perf_counter() - began)
+                continue
+            time.sleep(share * took[0])
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate()
+        assert "Traceback" not in out + err, (share, err)
+        assert process.returncode in (130, 2), (share, err)
