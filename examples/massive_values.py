@@ -1,15 +1,20 @@
-"""The statistics alone: the largest query and key channels of a model. python examples/massive_values.py [model]"""
+"""The statistics alone, the largest query and key channels of a model.
+
+python examples/massive_values.py [Hub name, folder, or smollm2]
+"""
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.functional import channel_stats
+from longact_kernels.integrations.transformers import load_model
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+try:
+    model, tokenizer = load_model(name)
+except ValueError as error:  # no such model, or no network: one line says it
+    sys.exit(str(error))
 
 
 def show(path):

@@ -1,14 +1,16 @@
-"""LongAct in a plain PyTorch loop: python examples/plain_loop.py [model name or folder]"""
+"""LongAct in a plain PyTorch loop: python examples/plain_loop.py [Hub name, folder, or smollm2]"""
 
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.integrations.transformers import load_model
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16").train()
+try:
+    model, tokenizer = load_model(name)
+except ValueError as error:  # no such model, or no network: one line says it
+    sys.exit(str(error))
+model.train()
 
 longact = LongAct(model, density=0.3)
 optimizer = SalientAdamW(model.parameters(), lr=1e-5, longact=longact)

@@ -1,12 +1,12 @@
-"""GRPO with LongAct on a reward of your own: python examples/train_grpo.py [model name or folder]"""
+"""GRPO with LongAct on a reward of your own: python examples/train_grpo.py [Hub name, folder, or smollm2]"""
 
 import sys
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from longact_kernels import LongAct
+from longact_kernels.integrations.transformers import load_model
 from longact_kernels.integrations.trl import LongActGRPOTrainer
 
 
@@ -15,7 +15,10 @@ def short(completions, **_):
 
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+try:
+    model, tokenizer = load_model(name)
+except ValueError as error:  # no such model, or no network: one line says it
+    sys.exit(str(error))
 trainer = LongActGRPOTrainer(
     model=model,
     longact=LongAct(model, density=0.3),
@@ -31,5 +34,6 @@ trainer = LongActGRPOTrainer(
     ),
     reward_funcs=short,
     train_dataset=Dataset.from_dict({"prompt": [f"What comes after {i}?" for i in range(64)]}),
+    processing_class=tokenizer,
 )
 trainer.train()

@@ -1,13 +1,13 @@
-"""LongAct in TRL's SFTTrainer, or any other Trainer: python examples/train_sft.py [model name or folder]"""
+"""LongAct in TRL's SFTTrainer, or any other Trainer: python examples/train_sft.py [Hub name, folder, or smollm2]"""
 
 import sys
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from longact_kernels import LongAct
 from longact_kernels.integrations.trainer import LongActTrainerMixin
+from longact_kernels.integrations.transformers import load_model
 
 
 class SparseSFTTrainer(LongActTrainerMixin, SFTTrainer):
@@ -15,7 +15,10 @@ class SparseSFTTrainer(LongActTrainerMixin, SFTTrainer):
 
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+try:
+    model, tokenizer = load_model(name)
+except ValueError as error:  # no such model, or no network: one line says it
+    sys.exit(str(error))
 longact = LongAct(model, density=0.3)
 trainer = SparseSFTTrainer(
     model=model,
@@ -24,6 +27,7 @@ trainer = SparseSFTTrainer(
     # The weights are bf16 already: no autocast.
     args=SFTConfig("trained", max_steps=5, learning_rate=1e-5, bf16=False, logging_steps=1, report_to="none"),
     train_dataset=Dataset.from_dict({"text": [f"After {i} comes {i + 1}." for i in range(64)]}),
+    processing_class=tokenizer,
 )
 trainer.train()
 longact.restore()

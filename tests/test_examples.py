@@ -63,6 +63,15 @@ def test_train_grpo(run):
     assert run("train_grpo.py").count("'reward'") == 3
 
 
+@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py") if path.stem != "functional_kernels"])
+def test_a_model_that_cannot_be_had_is_one_line(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sys.argv", [name, "no-such-user/no-such-model"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert str(ended.value).startswith("model: could not load") and "\n" not in str(ended.value)
+
+
 def test_massive_values(run):
     assert [line.split()[0] for line in run("massive_values.py").splitlines()] == [
         f"model.layers.{i}.self_attn.{kind}_proj" for i in (0, 1) for kind in "qk"

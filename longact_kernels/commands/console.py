@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import requires
 from typing import TYPE_CHECKING, NoReturn
 
 from longact_kernels.warning import LongActWarning
@@ -43,11 +46,45 @@ def refusing(errors: type[Exception] = ValueError) -> Iterator[None]:
         raise Refusal(str(error)) from error
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about a word that is not known: the nearest that is, or else `otherwise`."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; {otherwise}" if otherwise else ""
+
+
 class Parser(argparse.ArgumentParser):
-    """A command's parser: what is wrong with its arguments is a refusal, not a page of usage."""
+    """A command's parser: what is wrong with its arguments is a refusal, not a page of usage.
+
+    Options are written out: a short form would mean another option once there is one more that begins like it.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
+        """As argparse's, but a misspelt option is told first, with the nearest that there is."""
+        words = sys.argv[1:] if args is None else args
+        known = [name for action in self._actions for name in action.option_strings]
+        for name in (word.partition("=")[0] for word in words if word.startswith("--") and word != "--"):
+            if name not in known:
+                self.error(f"there is no option {name!r}{did_you_mean(name, known, f'see {self.prog} --help')}")
+        arguments, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(
+                f"got {rest[0]!r}, which belongs to no option; put commas between the values of an option, as in "
+                "1024,4096"
+            )
+        return arguments
+
+    def _check_value(self, action: argparse.Action, value) -> None:
+        choices = action.choices
+        if choices is not None and value not in choices:
+            names = [str(choice) for choice in choices]
+            needed = f"got {value!r}, needed one of {', '.join(names)}"
+            raise argparse.ArgumentError(action, needed + did_you_mean(str(value), names))
 
     def error(self, message: str) -> NoReturn:
-        raise Refusal(message)
+        raise Refusal(message.removeprefix("argument "))
 
 
 def run_command(name: str, module: str, argv: list[str]) -> int:
@@ -56,25 +93,41 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     Returns:
         The exit status: what `main` returned, 2 after a refusal, 1 after a failure, 130 after Ctrl-C.
     """
-    status = BAD_INPUT
     try:
         return importlib.import_module(module).main(argv)
     except Refusal as refusal:
-        error = str(refusal)
+        return refuse(f"longact {name}", refusal)
     except Failure as failure:
-        status, error = FAILED, str(failure)
+        return refuse(f"longact {name}", failure, FAILED)
     except OSError as failure:
         if failure.errno not in FULL_OR_READ_ONLY:
             raise
-        status, error = FAILED, f"cannot write {failure.filename or ''} ({failure.strerror})"
+        return refuse(f"longact {name}", f"cannot write {failure.filename or ''} ({failure.strerror})", FAILED)
     except ModuleNotFoundError as missing:
-        error = f"{missing.name} is missing; run pip install 'longact_kernels[{EXTRAS.get(name, 'rl')}]'"
+        needed = shlex.join(requirements(EXTRAS.get(name, "rl")))
+        return refuse(f"longact {name}", f"{missing.name} is not installed; run pip install {needed}")
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def refuse(who: str, error: object, status: int = BAD_INPUT) -> int:
+    """Says in one line what is wrong; returns the exit status."""
     # Of several processes one says it.
     if os.environ.get("RANK", "0") == "0":
-        print(f"longact {name}: error: {' '.join(error.split())}", file=sys.stderr)
+        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra of this package asks for: the packages, so that an index that has not this one will do."""
+    found = []
+    for line in requires("longact_kernels") or []:
+        package, _, marker = (part.strip() for part in line.partition(";"))
+        if f'extra == "{extra}"' in marker.replace("'", '"'):
+            name, _, others = package.rstrip("]").partition("[")
+            own = name.replace("-", "_") == "longact_kernels"
+            found += [one for other in others.split(",") for one in requirements(other)] if own else [package]
+    return found
 
 
 def quiet_libraries() -> None:

@@ -21,18 +21,24 @@ def rows(target: str | None) -> list[tuple[Variant, str]]:
     return [(variant, name) for variant in listed for name in names if name in (variant.targets or TARGETS)]
 
 
+def parser() -> Parser:
+    parser = Parser("longact kernels", description="Compiles the kernels for every GPU architecture; needs no GPU.")
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="one architecture, with all variants of each kernel (default: all architectures, main variants)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """Runs `longact kernels`; returns the exit status, 0.
 
     Raises:
         Refusal: bad input, or no triton to compile with.
     """
-    parser = Parser("longact kernels", description="Compiles the kernels for GPUs that need not be there.")
-    parser.add_argument(
-        "--target", choices=TARGETS, help="all variants on one architecture, such as sm_90, instead of the main ones"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     target = arguments.target
     if importlib.util.find_spec("triton") is None:
         raise Refusal("triton is not installed; run pip install triton (Linux only)")

@@ -26,17 +26,23 @@ ROUNDS = 20
 WAIT = 5_000_000
 
 
+def parser() -> Parser:
+    return Parser(
+        "longact tune",
+        description="Measures both implementations of linear_stats on this GPU, and keeps the times: from then on "
+        "the faster one is used.",
+    )
+
+
 def main(argv: list[str]) -> int:
     """Runs `longact tune`: measures, writes the table, and prints it; the next process follows it. Returns 0.
 
     Raises:
         Refusal: there is no GPU to measure.
     """
-    Parser(
-        "longact tune", description="Measures linear_stats on this GPU, for the choice that it makes by itself."
-    ).parse_args(argv)
+    parser().parse_args(argv)
     if not torch.cuda.is_available():
-        raise Refusal("needs a CUDA GPU (or a ROCm one), and torch sees none here")
+        raise Refusal("needs a CUDA or ROCm GPU, but torch finds none here")
     from rich.console import Console
     from rich.progress import track
 

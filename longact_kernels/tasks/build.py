@@ -19,6 +19,7 @@ def build_dataset(
     count: int,
     seed: int,
     length: int,
+    argument: str = "length",
     first: int = 0,
     needles: int | None = None,
     haystack: str | None = None,
@@ -36,7 +37,8 @@ def build_dataset(
         split: any name, such as `"train"` or `"test"`; questions over documents are divided between the two.
         count: number of prompts.
         seed: of the data set.
-        length: greatest number of tokens of a prompt.
+        length: maximum number of tokens of a prompt.
+        argument: the option that sets the length, for the messages.
         first: index of the first sample.
         needles: exact number of needles, where they fill the prompt; `None` takes as many as fit into `length`.
         haystack: of `read_haystack`.
@@ -55,7 +57,7 @@ def build_dataset(
     )
     rows = []
     for index in range(first, first + count):
-        rows.append(build(made, tokenizer, f"{task}/{split}/{seed}/{index}", setting, needles))
+        rows.append(build(made, tokenizer, f"{task}/{split}/{seed}/{index}", setting, needles, argument))
         advance()
     return rows
 
@@ -67,31 +69,33 @@ def check_task(task: str, *, needles: int | None, haystack: str | None, document
         ValueError: it is not so.
     """
     if task not in TASKS:
-        raise ValueError(f"task: got {task!r}, known tasks are {', '.join(TASKS)}")
+        raise ValueError(f"task: got {task!r}, needed one of {', '.join(TASKS)}")
     made = TASKS[task]
     if needles is not None and made.fill != "needles":
-        raise ValueError(f"needles: got {needles}, but {made.fill} fill the prompts of {task}; leave it out")
+        raise ValueError(f"needles: got {needles}, but prompts of {task} are made of {made.fill}; leave it out")
     if needles is not None and needles < 1:
         raise ValueError(f"needles: got {needles}, needed at least 1")
     if haystack is not None and not made.haystack:
-        raise ValueError(f"haystack: got {haystack!r}, but {made.fill} fill the prompts of {task}; leave it out")
+        raise ValueError(f"haystack: got {haystack!r}, but prompts of {task} are made of {made.fill}; leave it out")
     if documents is not None and not made.documents:
-        raise ValueError(f"documents: got {documents!r}, but {task} asks nothing over documents; leave it out")
+        raise ValueError(f"documents: got {documents!r}, but {task} asks no questions about documents; leave it out")
     if haystack is not None and documents is not None:
-        raise ValueError(f"haystack: {task} takes a haystack or documents, got both; leave one out")
+        raise ValueError(
+            f"haystack: got {haystack!r} and documents {documents!r}; {task} takes one of them, leave the other out"
+        )
     if haystack is None and made.haystack == "prose":
         raise ValueError(
-            f"haystack: {task} hides its needles in prose; name a text file, a folder of them or a Hub data set "
-            "(or noise)"
+            f"haystack: {task} hides its needles in a text; name a text file, a folder of text files, a Hub data set, "
+            "or noise"
         )
     if documents is None and made.documents and not made.haystack:
         raise ValueError(
-            f"documents: {task} asks over documents; name a file of JSON lines, or a Hub data set, with question, "
-            "answer and context"
+            f"documents: {task} asks questions about documents; name a JSON Lines file or a Hub data set with "
+            "question, answer and context"
         )
 
 
-def build(task: Task, tokenizer, stream: str, setting: Setting, size: int | None) -> dict:
+def build(task: Task, tokenizer, stream: str, setting: Setting, size: int | None, argument: str) -> dict:
     """One row: the sample of a random stream in the largest size that fits, or in the size given."""
 
     def draw(n: int) -> tuple[Prompt, list[str]]:
@@ -104,9 +108,10 @@ def build(task: Task, tokenizer, stream: str, setting: Setting, size: int | None
 
     least = size or task.least
     if tokens(least) > setting.length:
+        shortest, remedy = (f"with needles {size} a", " or lower needles") if size else ("the shortest", "")
         raise ValueError(
-            f"length: {setting.length} tokens are too few for {least} {task.fill}, which take {tokens(least)}; raise "
-            "length" + (" or lower needles" if size else "")
+            f"{argument}: got {setting.length}, but {shortest} prompt of this task takes {tokens(least)} tokens; "
+            f"raise {argument}{remedy}"
         )
     prompt, answers = draw(size or largest(tokens, setting.length, least, task.most(setting)))
     return {"prompt": prompt, "answers": answers}

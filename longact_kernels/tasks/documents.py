@@ -35,8 +35,8 @@ def read_questions(source: str) -> list[Question]:
             if answers == [] and row.get("question") and context:
                 continue
             raise ValueError(
-                f"documents: row {i + 1} of {source} has {', '.join(row)}; needed question, answer (or a list, "
-                "answers) and context (a document or a list of them)"
+                f"documents: row {i + 1} of {source} has {', '.join(row)}; needed question, answer (or "
+                "answers, a list) and context (a document or a list of documents)"
             )
         questions.append(
             Question(
@@ -63,7 +63,7 @@ def library(questions: list[Question], split: str) -> Library:
         ValueError: there are not two questions.
     """
     if len(questions) < 2:
-        raise ValueError("documents: needed at least 2 questions, one of them to be held out; got 1")
+        raise ValueError("documents: got 1 question, needed at least 2, one of them to hold out")
     shuffled = sorted(questions, key=lambda question: hashlib.sha256(question.text.encode()).digest())
     held_out = max(1, len(questions) // 10)
     found = shuffled[:held_out] if split == "test" else shuffled[held_out:]

@@ -65,7 +65,7 @@ def read_haystack(source: str) -> Haystack:
     else:
         text = text_of(source)
     if not text.split():
-        raise ValueError(f"haystack: there is no text in {source}")
+        raise ValueError(f"haystack: {source} has no text in it")
     return Haystack(tuple(sentences(text)), " ")
 
 
@@ -87,5 +87,5 @@ def text_of(source: str) -> str:
             raise ValueError(f"haystack: cannot read {source} as text: {error}") from error
     rows = read_rows(source, "haystack")
     if "text" not in rows[0]:
-        raise ValueError(f"haystack: the rows of {source} have no field 'text', only {', '.join(rows[0])}")
+        raise ValueError(f"haystack: needed a field 'text' in the rows of {source}, which have {', '.join(rows[0])}")
     return " ".join(row["text"] for row in rows)

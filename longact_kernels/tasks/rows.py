@@ -21,7 +21,7 @@ def read_rows(source: str, argument: str) -> tuple[dict, ...]:
     path = Path(source)
     rows = read_json_lines(path, argument) if path.exists() else read_from_hub(source, argument)
     if not rows:
-        raise ValueError(f"{argument}: there is nothing in {source}")
+        raise ValueError(f"{argument}: {source} has no rows")
     return tuple(rows)
 
 
@@ -33,9 +33,9 @@ def read_json_lines(path: Path, argument: str) -> list[dict]:
                 if line.strip():
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
-                        raise ValueError(f"{argument}: line {i} of {path} is no JSON object")
+                        raise ValueError(f"{argument}: line {i} of {path} is not a JSON object")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{argument}: line {i} of {path} is not JSON ({error})") from error
+        raise ValueError(f"{argument}: line {i} of {path} is not valid JSON ({error})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{argument}: cannot read {path}: {error}") from error
     return rows
@@ -51,6 +51,6 @@ def read_from_hub(source: str, argument: str) -> list[dict]:
         return load_dataset(name, configuration or None, split="train").to_list()
     except Exception as error:  # the Hub's client lets through whatever its HTTP library raises
         raise ValueError(
-            f"{argument}: {source!r} is no file here, and no data set that can be had from the Hub "
+            f"{argument}: found no file {source!r}, and could not load a data set of that name from the Hub "
             f"({str(error).strip().splitlines()[0]})"
         ) from error

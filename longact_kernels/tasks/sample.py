@@ -25,7 +25,7 @@ class Setting:
     """What all samples of a data set share.
 
     Attributes:
-        length: greatest number of tokens of a prompt.
+        length: maximum number of tokens of a prompt.
         haystack: the text in which something is hidden; None for tasks without.
         library: the questions and documents that the user gave; None if none.
     """

@@ -71,12 +71,12 @@ def test_the_report_needs_nothing_but_itself(run):
     [
         (["--density", "1.5"], "density: got 1.5"),
         (["--density", "much"], "--density: invalid float value: 'much'"),
-        (["--statistic", "max"], "--statistic: invalid choice: 'max'"),
-        (["--task", "poetry"], "task: got 'poetry', known tasks are niah_single_1"),
-        (["--length", "20"], "length: 20 tokens are too few"),
-        (["--desnity", "0.3"], "command line: there is no '--desnity'; did you mean 'density'?"),
-        (["--refresh-evry", "2"], "did you mean 'refresh_every'?"),
-        (["--moments", "float16"], "--moments: invalid choice: 'float16'"),
+        (["--statistic", "max"], "--statistic: got 'max', needed one of absmax, l2; did you mean 'absmax'?"),
+        (["--task", "poetry"], "task: got 'poetry', needed one of niah_single_1"),
+        (["--length", "20"], "length: got 20, but the shortest prompt of this task takes"),
+        (["--desnity", "0.3"], "there is no option '--desnity'; did you mean '--density'?"),
+        (["--refresh-evry", "2"], "did you mean '--refresh_every'?"),
+        (["--moments", "float16"], "--moments: got 'float16', needed one of float32, bfloat16"),
         (
             ["--stochastic_rounding", "--model_init_kwargs", '{"dtype": "float32"}'],
             "stochastic_rounding: got True, but the weights are float32",
@@ -86,6 +86,7 @@ def test_the_report_needs_nothing_but_itself(run):
         (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
         (["--config"], "--config: needed the path"),
+        (["--report_to", "wandb", "tensorboard"], "got 'tensorboard', which belongs to no option; put commas"),
         (["--resume"], "holds no run to resume"),
     ],
 )
@@ -99,9 +100,13 @@ def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, m
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rte: 1e-5", "config file: there is no '--learning_rte'; did you mean 'learning_rate'?"),
+        ("learning_rte: 1e-5", "bad.yaml: there is no option 'learning_rte'; did you mean 'learning_rate'?"),
         ("- a\n- b", "must contain a YAML mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", "bad.yaml is not valid YAML"),
+        ("density: much", "bad.yaml: density: invalid float value: 'much'"),
+        ("algorithm: ppo", "algorithm: got 'ppo', needed one of grpo, dapo"),
+        ("train_prompts: [3]", "train_prompts: got [3], needed a whole number"),
+        ("task: 3", "task: got 3, needed a text"),
     ],
 )
 def test_a_bad_config_file_gets_one_line(tmp_path, refused, text, message):
@@ -112,7 +117,7 @@ def test_a_bad_config_file_gets_one_line(tmp_path, refused, text, message):
 def test_a_folder_that_is_no_model(place, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     words = ["--config", place / "tiny.yaml", "--output_dir", tmp_path / "out", "--model", tmp_path / "empty"]
-    assert "holds no model (no config.json in it)" in refused("train", *words)
+    assert "holds no model: it has no config.json" in refused("train", *words)
 
 
 def test_a_model_without_query_and_key_projections(place, tmp_path, refused):
@@ -129,7 +134,7 @@ def test_a_model_without_query_and_key_projections(place, tmp_path, refused):
     ("words", "message"),
     [
         (["--density", "1.5"], "density: got 1.5"),
-        (["--task", "vt", "--haystack", "no/such.txt"], "haystack: 'no/such.txt' is no file here"),
+        (["--task", "vt", "--haystack", "no/such.txt"], "haystack: found no file 'no/such.txt'"),
         (["--reward", "no_such_module:f"], "reward: cannot import no_such_module"),
     ],
 )

@@ -145,7 +145,7 @@ def test_ctrl_c_keeps_the_answers(model, oracle, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate.Reader, "generate_until", interrupted)
     assert longact_eval(*words) == 130
-    assert "goes on from here" in capsys.readouterr().out
+    assert "Run the same command again to continue" in capsys.readouterr().out
     monkeypatch.setattr(evaluate.Reader, "generate_until", answer)
     assert longact_eval(*words) == 0
     assert len(oracle) == 4 == len(set(oracle))
@@ -314,19 +314,19 @@ def test_only_shared_documents_are_compared():
     assert (row.a, row.b, row.samples) == (0.5, 1.0, 2)
     with pytest.raises(ValueError, match="answered different documents of t at 8"):
         compare([cell({"a": 1.0})], [cell({"b": 1.0})])
-    with pytest.raises(ValueError, match="no task at the same length in common"):
+    with pytest.raises(ValueError, match="no task and length in common"):
         compare([cell({"a": 1.0})], [Cell("t", 16, samples=[])])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name either one MODEL or --compare A B"),
-        (["MODEL", "--compare", "a", "b"], "name either one MODEL or --compare A B"),
+        ([], "needed either one MODEL or --compare A B"),
+        (["MODEL", "--compare", "a", "b"], "needed either one MODEL or --compare A B"),
         (["MODEL", "--lengths", "1k"], "lengths: got '1k', needed numbers of tokens"),
         (["MODEL", "--lengths", "0"], "lengths: got '0'"),
-        (["MODEL", "--limit", "0"], "limit: got 0, needed 1 or more"),
-        (["MODEL", "--batch_size", "-1"], "batch_size: got -1"),
+        (["MODEL", "--limit", "0"], "limit: got '0', needed a whole number of at least 1"),
+        (["MODEL", "--batch_size", "-1"], "batch_size: got '-1'"),
         (["MODEL", "--tasks", ","], "tasks: none given"),
         # lm-eval reads thousands of files before it knows that it has no such task.
         pytest.param(
@@ -337,9 +337,12 @@ def test_only_shared_documents_are_compared():
         (["no-such-user/no-such-model", "--tasks", "niah_single_1"], "could not load 'no-such-user/no-such-model'"),
         (
             ["no/such/folder", "--tasks", "niah_single_1"],
-            "could not load 'no/such/folder', which is neither a local folder",
+            "could not load 'no/such/folder': found no folder of that name",
         ),
-        (["MODEL", "--tasks", "niah_single_1", "--output", "MODEL"], "not from longact eval; name another --output"),
+        (
+            ["MODEL", "--tasks", "niah_single_1", "--output", "MODEL"],
+            "holds something else than results of longact eval; name another --output",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(model, tmp_path, monkeypatch, capsys, words, message):
@@ -353,7 +356,7 @@ def test_bad_input_gets_one_line(model, tmp_path, monkeypatch, capsys, words, me
 def test_a_run_without_a_model_yet(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"model": "smollm2"}')
     assert longact_eval(tmp_path, "--tasks", "niah_single_1") == 2
-    assert "has no model yet" in capsys.readouterr().err
+    assert "has not finished; continue it with longact train --resume" in capsys.readouterr().err
 
 
 def test_results_of_other_weights_are_left_alone(model, oracle, tmp_path, capsys):

@@ -243,7 +243,7 @@ def test_two_texts_of_one_name_go_by_their_paths(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--text", "missing.txt"], "text: there is no file or folder missing.txt"),
+        (["--text", "missing.txt"], "text: found no file or folder missing.txt"),
         (["--text", "empty"], "text: empty holds no text"),
         (["--text", "verse.txt", "--length", "1024"], "text: verse (verse.txt) has 243 tokens, needed 2,048"),
         (["--length", "4096"], "length: got 4096, but the model reads 2048 tokens at most"),
@@ -251,9 +251,9 @@ def test_two_texts_of_one_name_go_by_their_paths(tmp_path):
         (["--lengths", "64,much"], "--lengths: got 'much', needed a whole number of at least 16"),
         (["--batches", "1"], "--batches: got '1', needed a whole number of at least 2"),
         (["--density", "1.5"], "density: got 1.5, needed a share of the channels above 0 and up to 1"),
-        (["--colour"], "unrecognized arguments: --colour"),
-        (["--output", "held"], "output: held is there already and not an empty folder"),
-        (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
+        (["--colour"], "there is no option '--colour'"),
+        (["--output", "held"], "output: held exists and is not an empty folder"),
+        (["--dtype", "float8"], "--dtype: got 'float8', needed one of"),
     ],
 )
 def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, message):
@@ -269,7 +269,7 @@ def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, m
 
 def test_a_run_that_has_not_finished(tmp_path, refused):
     (tmp_path / "run.json").write_text("{}")
-    assert "has not finished; go on with it by longact train --resume" in refused("inspect", tmp_path)
+    assert "has not finished; continue it with longact train --resume" in refused("inspect", tmp_path)
 
 
 def test_nan_names_the_projection(place, tmp_path, refused):

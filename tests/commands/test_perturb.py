@@ -204,14 +204,14 @@ def test_an_interrupt_leaves_the_arms_that_are_done(place, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--statistic", "max"], "--statistic: invalid choice: 'max'"),
-        (["--mean", "median"], "--mean: invalid choice: 'median'"),
+        (["--statistic", "max"], "--statistic: got 'max', needed one of"),
+        (["--mean", "median"], "--mean: got 'median', needed one of"),
         (["--seeds", "0,x"], "--seeds: got 'x', needed a whole number of at least 0"),
-        (["--task", "poetry"], "--task: invalid choice: 'poetry'"),
-        (["--task_length", "20"], "length: 20 tokens are too few"),
+        (["--task", "poetry"], "--task: got 'poetry', needed one of"),
+        (["--task_length", "20"], "task_length: got 20, but the shortest prompt"),
         (
             ["--task_length", "2047"],
-            "task_length: got 2047 and 4 of the answer, but the model reads 2048 tokens at most",
+            "task_length: got 2047, which with max_completion_length 4 is more than the 2048 tokens",
         ),
         (["--prompts", "0"], "--prompts: got '0', needed a whole number of at least 1"),
     ],

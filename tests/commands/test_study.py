@@ -135,18 +135,18 @@ def test_moved_counts_weights():
     ("change", "message"),
     [
         ({"setting": "recal"}, "setting: got 'recal'"),
-        ({"seeds": [1, 1]}, "seeds: got [1, 1], with a seed twice"),
+        ({"seeds": [1, 1]}, "seeds: got [1, 1], which has a seed twice"),
         ({"seeds": "five"}, "seeds: got 'five'"),
         ({"seed": 3}, "did you mean 'seeds'?"),
-        ({"arms": {"top": {}}}, "there is no arm 'dense'"),
-        ({"reference": "bottom"}, "there is no arm 'bottom'"),
+        ({"arms": {"top": {}}}, "needed an arm 'dense'"),
+        ({"reference": "bottom"}, "needed an arm 'bottom'"),
         ({"arms": {"dense": {}, "top": {"learning_rate": 1e-2}}}, "arms share data, compute and learning rate"),
         ({"arms": {"dense": {}, "top": {"strategi": "top"}}}, "did you mean 'strategy'?"),
         ({"arms": {"dense": {}, "a/b": {}}}, "got the name 'a/b'"),
         ({"base": {"pairs": 3}}, "got pairs 3, needed 4 to 64"),
         ({"options": {"learning_rate": 1e-3}}, "got max_steps None"),
-        ({"options": {"max_steps": 2, "seed": 4}}, "seed is the study's own business"),
-        ({"options": {"max_steps": 2, "task": "vt"}}, "task is what setting recall is about"),
+        ({"options": {"max_steps": 2, "seed": 4}}, "the study itself sets seed"),
+        ({"options": {"max_steps": 2, "task": "vt"}}, "setting recall sets task itself"),
         ({"options": {"max_steps": 2, "lerning_rate": 1}}, "did you mean 'learning_rate'?"),
         ({"arms": {"dense": {}, "top": {"strategy": "tops"}}}, "strategy"),
         ({"curve_every": -1}, "curve_every: got -1"),
@@ -210,7 +210,7 @@ def stopped(tmp_path_factory):
 def test_ctrl_c_is_clean_and_the_study_goes_on(stopped):
     folder, status, said, first, again = stopped
     assert status == 130
-    assert "The same command goes on from here." in said
+    assert "Run the same command again to continue." in said
     assert again.returncode == 0, again.stdout + again.stderr
     names = {path.stem for path in folder.glob("results/*.json")}
     assert names == {"dense-1", "dense-2", "top-1", "top-2"}

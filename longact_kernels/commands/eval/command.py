@@ -1,6 +1,6 @@
 """`longact eval`: its arguments."""
 
-from longact_kernels.commands.console import Parser, refusing
+from longact_kernels.commands.console import Parser, at_least, refusing
 
 
 def main(argv: list[str]) -> int:
@@ -17,19 +17,26 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    parser = Parser("longact eval", description="Evaluates a model on long-context tasks, by lm-evaluation-harness.")
-    parser.add_argument("model", nargs="?", help="Hub name, local folder, smollm2, or the folder of a training run")
+    parser = Parser(
+        "longact eval",
+        description="Scores a model on long-context tasks of lm-evaluation-harness. Given the folder of a training "
+        "run, compares the model before and after training.",
+    )
+    parser.add_argument("model", nargs="?", help="Hub name, local folder, folder of a training run, or smollm2")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, or folders of earlier results")
     parser.add_argument(
         "--tasks",
+        metavar="NAMES",
         default="ruler",
-        help="ruler (its 13 tasks), longbench2 (lm-eval's: likelihood of the choices), longbench2_generate (the "
-        "official form: an answer is generated), or any of lm-eval, separated by commas (ruler)",
+        help="tasks with commas between them: ruler (all 13), longbench2 (lm-eval's: likelihood of the choices), "
+        "longbench2_generate (the official form: generated answers), or any task of lm-eval (default: ruler)",
     )
     parser.add_argument(
-        "--lengths", default="4096", help="lengths in tokens of RULER's tasks, such as 1024,4096 (4096)"
+        "--lengths", metavar="N,N", default="4096", help="lengths of RULER's tasks in tokens (default: 4096)"
     )
-    parser.add_argument("--limit", type=int, help="documents of each task and length (all: 500 of RULER's)")
-    parser.add_argument("--batch_size", type=int, default=4, help="prompts at a time (4)")
-    parser.add_argument("--output", help="folder for results.json, table and picture (runs/eval/MODEL, or RUN/eval)")
+    parser.add_argument(
+        "--limit", metavar="N", type=at_least(1), help="documents per task and length (default: all, 500 of RULER's)"
+    )
+    parser.add_argument("--batch_size", metavar="N", type=at_least(1), default=4, help="prompts at a time (default: 4)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the results (default: runs/eval/MODEL or RUN/eval)")
     return parser

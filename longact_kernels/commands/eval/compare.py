@@ -70,7 +70,7 @@ def compare(a: list[Cell], b: list[Cell]) -> list[Difference]:
         if not cell.skipped and (cell.task, cell.length) in other:
             paired[cell.task, cell.length] = pair(cell, other[cell.task, cell.length])
     if not paired:
-        raise ValueError("compare: the two have no task at the same length in common")
+        raise ValueError("compare: the two results have no task and length in common")
     found = [difference(task, length, [scores]) for (task, length), scores in paired.items()]
     for length in dict.fromkeys(length for _, length in paired):
         tasks = [scores for (_, other_length), scores in paired.items() if other_length == length]
@@ -86,8 +86,8 @@ def pair(a: Cell, b: Cell) -> np.ndarray:
     if not scores:
         where = a.task if a.length is None else f"{a.task} at {a.length}"
         raise ValueError(
-            f"compare: the two answered different documents of {where}, which lm-eval sizes by the model's tokenizer; "
-            "evaluate both by one `longact eval --compare A B`, which sizes them alike"
+            f"compare: the two models answered different documents of {where}, which depend on the tokenizer; run "
+            "`longact eval --compare A B` on the models, which gives both the same documents"
         )
     return np.array(scores).T
 

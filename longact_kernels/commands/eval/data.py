@@ -62,7 +62,7 @@ def missing(task: str) -> str | None:
         lacking = f"{ESSAYS} from the Hub"
     elif task in QUESTIONS and installed(RULER, f"{JSON}/{QUESTIONS[task][0]}") is None and not online():
         lacking = QUESTIONS[task][1]
-    return f"needs {lacking}, which cannot be reached from here ({REMEDY})" if lacking else None
+    return f"needs {lacking}, which cannot be reached ({REMEDY})" if lacking else None
 
 
 def source(task: str) -> str:
@@ -128,5 +128,5 @@ def unreachable(error: Exception) -> str:
     if isinstance(error, OSError) and not online():
         named = re.search(r"'([\w./-]+)'", str(error))
         what = named.group(1) if named else "data"
-        return f"needs {what} from the Hub, which cannot be reached from here"
+        return f"needs {what} from the Hub, which cannot be reached"
     return " ".join(str(error).split())

@@ -81,7 +81,9 @@ class ResultFolder:
         if model is None and not held:
             raise ValueError(f"compare: {path} holds no results of longact eval")
         if model is not None and not held and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"output: {path} is there already, but not from longact eval; name another --output")
+            raise ValueError(
+                f"output: {path} exists and holds something else than results of longact eval; name another --output"
+            )
         if model is not None and held and held["model"] != model:
             what = "another state of " if held["model"]["name"] == model["name"] else ""
             raise ValueError(

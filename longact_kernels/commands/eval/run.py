@@ -41,18 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         evaluate_all(arguments, console)
         return 0
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"batch_size: {arguments.batch_size} does not fit into memory") from error
+        raise ValueError(f"batch_size: {arguments.batch_size} does not fit into memory; lower batch_size") from error
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
+        console.print("Stopped. Run the same command again to continue.")
         return INTERRUPTED
 
 
 def evaluate_all(arguments: argparse.Namespace, console: Console) -> None:
     lengths = lengths_of(arguments.lengths)
-    for name in ("limit", "batch_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, needed 1 or more")
     labels, models, output = what_to_evaluate(arguments)
     places = []
     if not all(ResultFolder.is_one(Path(model)) for model in models):
@@ -96,7 +92,7 @@ def what_to_evaluate(arguments: argparse.Namespace) -> tuple[list[str], list[str
         ValueError: none is named, too many are, or a run has no model yet.
     """
     if (arguments.model is None) == (arguments.compare is None):
-        raise ValueError("name either one MODEL or --compare A B; see longact eval --help")
+        raise ValueError("needed either one MODEL or --compare A B; see longact eval --help")
     output = Path(arguments.output) if arguments.output else None
     if arguments.compare:
         a, b = arguments.compare
@@ -106,7 +102,7 @@ def what_to_evaluate(arguments: argparse.Namespace) -> tuple[list[str], list[str
     if not (run / "run.json").is_file():
         return [slug(arguments.model)], [arguments.model], output or Path("runs/eval") / slug(arguments.model)
     if not (run / "model").is_dir():
-        raise ValueError(f"model: the run {run} has not come to its end, so that it has no model yet")
+        raise ValueError(f"model: the training run {run} has not finished; continue it with longact train --resume")
     base = read_json(run / "run.json").get("model")
     if not isinstance(base, str):
         raise ValueError(f"model: {run / 'run.json'} names no model; name the two models with --compare")
@@ -124,7 +120,7 @@ def lengths_of(text: str) -> list[int]:
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 1:
-        raise ValueError(f"lengths: got {text!r}, needed numbers of tokens such as 1024,4096")
+        raise ValueError(f"lengths: got {text!r}, needed numbers of tokens with commas between them, such as 1024,4096")
     return lengths
 
 

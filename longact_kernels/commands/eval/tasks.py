@@ -1,7 +1,6 @@
 """Which tasks lm-eval is to run, at which lengths, and how its documents are made the same ones at every call."""
 
 import contextlib
-import difflib
 import io
 import math
 import os
@@ -16,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.ruler import vt_utils
 from transformers import PreTrainedTokenizerBase
 
+from longact_kernels.commands.console import did_you_mean
 from longact_kernels.commands.eval.data import at_hand, missing
 from longact_kernels.commands.eval.longbench2 import generated_task
 
@@ -54,11 +54,8 @@ def names_of(tasks: str) -> list[str]:
     index = manager(names).task_index
     for name in names:
         if name != GENERATED and name not in index:
-            near = difflib.get_close_matches(name, [*index, GENERATED, "ruler"], n=1)
-            raise ValueError(
-                f"tasks: lm-eval has no {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "; see `lm-eval ls tasks`")
-            )
+            hint = did_you_mean(name, [*index, GENERATED, "ruler"], "see `lm-eval ls tasks`")
+            raise ValueError(f"tasks: lm-eval has no {name!r}{hint}")
     return list(dict.fromkeys(names))
 
 

@@ -25,13 +25,15 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     parser = model_parser(
         "longact inspect",
-        "How large the query and key channels of a model are, and how far the salient sets agree that are chosen "
-        "by absmax and by L2, from other batches, from other texts, and from contexts of other lengths.",
-        batches="sequences of each domain; each is a batch with salient sets of its own",
+        "Measures the query and key channels of a model, and how much its salient sets agree: chosen by absmax and "
+        "by L2, from different batches, from different texts, and from contexts of different lengths.",
+        batches="sequences per domain; each is a batch of its own",
     )
     parser.add_argument(
         "--lengths",
+        metavar="N,N",
         type=numbers(least=16),
-        help="context lengths to compare, with commas (default: 256, 512, ..., 8192, as far as the model reads)",
+        help="context lengths to compare, with commas between them (default: 256,512,...,8192, up to the model's "
+        "limit)",
     )
     return parser

@@ -9,26 +9,31 @@ STATISTICS = ("absmax", "l2")
 
 def model_parser(prog: str, description: str, batches: str) -> Parser:
     """A parser of the options that both take; `batches` says what the batches are for."""
-    parser = Parser(prog, usage=f"{prog} MODEL [options]", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "model", metavar="MODEL", help="Hub name, local folder, folder of a `longact train` run, or smollm2"
-    )
+    parser = Parser(prog, description=description)
+    parser.add_argument("model", metavar="MODEL", help="Hub name, local folder, folder of a training run, or smollm2")
     parser.add_argument(
         "--text",
         nargs="+",
         default=[],
         metavar="FILE_OR_FOLDER",
-        help="text to read, each a domain of its own; Python's documentation and code, and needles, if not given",
+        help="texts to read, each a domain of its own (default: Python's documentation, its code, and needles)",
     )
-    parser.add_argument("--length", type=at_least(16), default=1024, help="tokens of a sequence (default 1024)")
-    parser.add_argument("--batches", type=at_least(2), default=4, help=f"{batches} (default 4)")
+    parser.add_argument(
+        "--length", metavar="N", type=at_least(16), default=1024, help="tokens per sequence (default: 1024)"
+    )
+    parser.add_argument("--batches", metavar="N", type=at_least(2), default=4, help=f"{batches} (default: 4)")
     parser.add_argument(
         "--density",
+        metavar="X",
         type=float,
-        help="share of each head's channels that is salient (default: the run's where MODEL is one, else "
+        help=f"share of each head's channels that is salient (default: the training run's, else "
         f"{LongActConfig.density})",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository brings")
-    parser.add_argument("--output", metavar="DIR", help="folder for results, new or empty (default: under runs/)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="data type of the weights (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow running code from the model's repository"
+    )
+    parser.add_argument("--output", metavar="DIR", help="new or empty folder for the results (default: under runs/)")
     return parser

@@ -73,7 +73,7 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
     """
     folder = Path(arguments.output or f"runs/{kind}-{Path(arguments.model).name}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"output: {folder} is there already and not an empty folder; name another --output")
+        raise ValueError(f"output: {folder} exists and is not an empty folder; name another --output")
     domains = load_domains(arguments.text)
     density = LongActConfig.density if arguments.density is None else arguments.density
     LongActConfig(density=density)
@@ -81,7 +81,7 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
     run = Path(arguments.model)
     if (run / "run.json").is_file():
         if not (run / "model").is_dir():
-            raise ValueError(f"model: the run in {run} has not finished; go on with it by longact train --resume")
+            raise ValueError(f"model: the training run {run} has not finished; continue it with longact train --resume")
         source, metrics = str(run / "model"), read_metrics(run / "metrics.jsonl")
         if arguments.density is None:
             density = read_json(run / "run.json").get("density", density)

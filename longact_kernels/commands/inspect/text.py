@@ -60,7 +60,7 @@ def from_path(name: str, alone: bool) -> Domain:
     """The domain of a file or folder; called by its whole path if another has the same last name."""
     path = Path(name)
     if not path.exists():
-        raise ValueError(f"text: there is no file or folder {name}")
+        raise ValueError(f"text: found no file or folder {name}")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not any(True for _ in read(files)):
         raise ValueError(f"text: {name} holds no text; needed a UTF-8 text file, or a folder with some")
@@ -94,6 +94,6 @@ def sequences(domain: Domain, tokenizer: PreTrainedTokenizerBase, count: int, le
             rows = torch.tensor(found[:needed]).view(count, -1)
             return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
     raise ValueError(
-        f"text: {domain.name} ({domain.source}) has {len(found):,} tokens, needed {needed:,}, which is {count} times "
-        f"{length:,}; give more text, or ask for fewer or shorter sequences"
+        f"text: {domain.name} ({domain.source}) has {len(found):,} tokens, needed {needed:,} for {count} sequences of "
+        f"{length:,}; give more text, or lower batches or length"
     )

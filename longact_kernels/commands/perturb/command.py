@@ -29,28 +29,54 @@ def parser() -> Parser:
     parser = model_parser(
         "longact perturb",
         "Clamps the top, random or bottom query and key channels of every head to a mean, and measures perplexity "
-        "and the accuracy at a task: what the model cannot do without, it computes with. Sets and means come from "
-        "one half of the texts, perplexity from the other.",
-        batches="sequences of each domain, half of them to choose channels by, half for the perplexity",
+        "and accuracy on a task, to see which channels the model needs. Channels are chosen on one half of the texts, "
+        "perplexity is measured on the other.",
+        batches="sequences per domain, half to choose the channels, half for the perplexity",
     )
     parser.add_argument(
-        "--statistic", choices=STATISTICS, default="absmax", help="what channels are ranked by (default absmax)"
+        "--statistic", choices=STATISTICS, default="absmax", help="how channels are ranked (default: absmax)"
     )
     parser.add_argument(
         "--mean",
         choices=MEANS,
         default="global",
-        help="clamp to the mean over all channels and tokens of a layer's queries or keys (global, the paper's; "
-        "default), or each channel to its own mean over the tokens (channel)",
+        help="global: clamp to the mean over all channels and tokens of a layer's queries or keys, as in the paper; "
+        "channel: clamp each channel to its own mean over the tokens (default: global)",
     )
     parser.add_argument(
-        "--seeds", type=numbers(least=0), default=[0, 1, 2], help="of the random channels (default 0,1,2)"
+        "--seeds",
+        metavar="N,N",
+        type=numbers(least=0),
+        default=[0, 1, 2],
+        help="seeds for the random channels, with commas between them (default: 0,1,2)",
     )
     # Those that need no text of the user's.
     tasks = [name for name, task in TASKS.items() if task.haystack == "noise" or task.fill == "needles"]
-    parser.add_argument("--task", choices=tasks, default="niah_multikey_2", help=f"one of {', '.join(tasks)}")
-    parser.add_argument("--task_length", type=at_least(16), default=256, help="tokens of a prompt (default 256)")
-    parser.add_argument("--prompts", type=at_least(1), default=64, help="prompts of the task (default 64)")
-    parser.add_argument("--max_completion_length", type=at_least(1), default=32, help="of an answer (default 32)")
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="prompts at a time (default 16)")
+    parser.add_argument(
+        "--task",
+        choices=tasks,
+        default="niah_multikey_2",
+        metavar="NAME",
+        help=f"one of {', '.join(tasks)} (default: niah_multikey_2)",
+    )
+    parser.add_argument(
+        "--task_length",
+        metavar="N",
+        type=at_least(16),
+        default=256,
+        help="maximum prompt length in tokens (default: 256)",
+    )
+    parser.add_argument(
+        "--prompts", metavar="N", type=at_least(1), default=64, help="number of prompts of the task (default: 64)"
+    )
+    parser.add_argument(
+        "--max_completion_length",
+        metavar="N",
+        type=at_least(1),
+        default=32,
+        help="maximum length of an answer (default: 32)",
+    )
+    parser.add_argument(
+        "--batch_size", metavar="N", type=at_least(1), default=16, help="prompts at a time (default: 16)"
+    )
     return parser

@@ -52,8 +52,8 @@ class Perturbation:
         length, answer = self.arguments.task_length, self.arguments.max_completion_length
         if length + answer > self.subject.context:
             raise ValueError(
-                f"task_length: got {length} and {answer} of the answer, but the model reads {self.subject.context} "
-                "tokens at most"
+                f"task_length: got {length}, which with max_completion_length {answer} is more than the "
+                f"{self.subject.context} tokens that the model reads"
             )
         with console.status("making prompts"):
             self.prompts = build_dataset(
@@ -63,6 +63,7 @@ class Perturbation:
                 count=self.arguments.prompts,
                 seed=0,
                 length=self.arguments.task_length,
+                argument="task_length",
             )
 
     def run(self) -> None:

@@ -1,7 +1,6 @@
 """What a study's YAML file says: a setting, the options that all runs share, and the arms, which differ in few."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from longact_kernels.commands.console import did_you_mean
 from longact_kernels.commands.study.recall import Recall
 from longact_kernels.commands.train.arguments import LONGACT
 
@@ -77,7 +77,7 @@ def read_study(path: Path) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: needed a mapping with setting, seeds, options and arms")
     known = ("setting", "seeds", "options", "arms", "reference", "base", "curve_every", "evaluate")
@@ -90,15 +90,15 @@ def read_study(path: Path) -> Study:
     options = mapping(content["options"], "options")
     for key in SHARED_BY_ALL:
         if key in options:
-            raise ValueError(f"options: {key} is the study's own business; leave it out")
+            raise ValueError(f"options: the study itself sets {key}; leave it out")
     if not isinstance(options.get("max_steps"), int) or options["max_steps"] < 1:
-        raise ValueError(f"options: got max_steps {options.get('max_steps')}, needed the number of steps of all runs")
+        raise ValueError(f"options: got max_steps {options.get('max_steps')}, needed the number of steps of every run")
     if content["setting"] == "recall":
         for key in ("model", "task", "dataset", "max_completion_length"):
             if key in options:
-                raise ValueError(f"options: {key} is what setting recall is about; say it under base, or leave it out")
+                raise ValueError(f"options: setting recall sets {key} itself; set its size under base, or leave it out")
     elif "base" in content:
-        raise ValueError("base: belongs to setting recall; name the model and the task under options")
+        raise ValueError("base: belongs to setting recall only; set the model and the task under options")
     seeds = seeds_of(content["seeds"], "seeds")
     arms = {
         str(name): read_arm(str(name), mapping(arm or {}, f"arms: {name}"), seeds)
@@ -107,7 +107,7 @@ def read_study(path: Path) -> Study:
     reference = content.get("reference", next((name for name in arms if name != DENSE), DENSE))
     for name in (DENSE, reference):
         if name not in arms:
-            raise ValueError(f"arms: there is no arm {name!r}, which the others are compared with")
+            raise ValueError(f"arms: needed an arm {name!r}, which the others are compared with")
     evaluate = content.get("evaluate")
     if evaluate is not None:
         check_keys(mapping(evaluate, "evaluate"), ("tasks", "lengths", "limit", "batch_size"), "evaluate")
@@ -133,7 +133,7 @@ def read_arm(name: str, content: dict, seeds: list[int]) -> Arm:
 
 def mapping(content: Any, where: str) -> dict:
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: got {content!r}, needed names with values")
+        raise ValueError(f"{where}: got {content!r}, needed a mapping of names to values")
     return content
 
 
@@ -141,15 +141,13 @@ def seeds_of(content: Any, where: str) -> list[int]:
     """Seeds from a list of them, or from their number: 1, 2, ..."""
     seeds = list(range(1, content + 1)) if type(content) is int else content
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-        raise ValueError(f"{where}: got {content!r}, needed how many, or a list of them")
+        raise ValueError(f"{where}: got {content!r}, needed a number of seeds, or a list of seeds")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where}: got {content!r}, with a seed twice")
+        raise ValueError(f"{where}: got {content!r}, which has a seed twice")
     return seeds
 
 
 def check_keys(content: dict, known: Iterable[str], where: str, remark: str = "") -> None:
     for key in content:
         if key not in (names := list(known)):
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; {remark}" if remark else ""
-            raise ValueError(f"{where}: there is no {key!r}{hint}")
+            raise ValueError(f"{where}: there is no {key!r}{did_you_mean(str(key), names, remark)}")

@@ -58,7 +58,7 @@ class Recall:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not value > 0:
-                raise ValueError(f"base: got {name} {value}, needed a number above 0")
+                raise ValueError(f"base: got {name} {value}, needed more than 0")
         if not FEWEST_PAIRS <= self.pairs <= KEYS:
             raise ValueError(f"base: got pairs {self.pairs}, needed {FEWEST_PAIRS} to {KEYS}")
         if self.stop_at >= 1:

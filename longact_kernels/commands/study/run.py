@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in failed:
         console.print(f"{name} failed: {last_line(folder.log(name))} ({folder.log(name)})", markup=False)
     if stopped or failed:
-        console.print(f"{len(results)} of {len(runs)} runs are finished. The same command goes on from here.")
+        console.print(f"{len(results)} of {len(runs)} runs are finished. Run the same command again to continue.")
     return INTERRUPTED if stopped else FAILED if failed else 0
 
 
@@ -94,7 +94,7 @@ def run_all(title: str, jobs: Sequence[Job], at_once: int, threads: int, console
                         todo.appendleft(job)
                 bars.update(active.values())
         except KeyboardInterrupt:
-            console.print("Stopping: runs under way keep a checkpoint. Ctrl-C again stops at once.")
+            console.print("Stopping: the current runs save a checkpoint. Press Ctrl-C again to stop at once.")
             stop(active)
             raise
     return failed

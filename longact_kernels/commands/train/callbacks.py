@@ -112,7 +112,7 @@ class GracefulInterrupt(TrainerCallback):
         if self.asked or not self.in_step:
             raise KeyboardInterrupt
         self.asked = True
-        self.console.print("Finishing this step, then saving a checkpoint. Ctrl-C again stops at once.")
+        self.console.print("Finishing this step, then saving a checkpoint. Press Ctrl-C again to stop at once.")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.in_step = True

@@ -3,7 +3,13 @@
 import shlex
 import sys
 
-from longact_kernels.commands.console import INTERRUPTED, refusing
+from longact_kernels.commands.console import INTERRUPTED, Parser, refusing
+
+
+def parser() -> Parser:
+    from longact_kernels.commands.train.arguments import TrainParser
+
+    return TrainParser()
 
 
 def main(argv: list[str]) -> int:
@@ -12,7 +18,7 @@ def main(argv: list[str]) -> int:
     Raises:
         Refusal: bad input; no run has been touched then.
     """
-    if {"-h", "--help"} & {*argv}:
+    if {"-h", "--help", "--help-all"} & {*argv}:
         # transformers imports it where it is installed, which takes as long as all else that the help needs.
         sys.modules["peft"] = None  # type: ignore[assignment]
     from longact_kernels.commands.train.arguments import parse
@@ -35,6 +41,6 @@ def main(argv: list[str]) -> int:
     finally:
         run.folder.close()
     command = shlex.join(["longact", "train", *(word for word in argv if word != "--resume"), "--resume"])
-    run.console.print(f"Stopped. The last checkpoint is that of step {run.folder.saved_step}; go on with")
+    run.console.print(f"Stopped. The last checkpoint is from step {run.folder.saved_step}. To continue:")
     run.console.print(command, soft_wrap=True, markup=False, highlight=False)
     return INTERRUPTED

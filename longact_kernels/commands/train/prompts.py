@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datasets import Dataset
 from trl import GRPOConfig
 
-from longact_kernels.commands.train.arguments import TrainArguments
+from longact_kernels.commands.train.arguments import DEFAULT_EVAL_PROMPTS, TrainArguments
 from longact_kernels.integrations.prompts import encode_prompts
 from longact_kernels.tasks import build_dataset
 from longact_kernels.tasks.documents import read_questions
@@ -15,6 +15,7 @@ from longact_kernels.tasks.haystack import read_haystack
 from longact_kernels.tasks.rows import read_rows
 
 Advance = Callable[[], None]
+HELD_OUT_SHARE = 5  # of a data set at most one row in so many is held out, if nobody says how many
 
 
 def read_sources(arguments: TrainArguments) -> int:
@@ -27,7 +28,11 @@ def read_sources(arguments: TrainArguments) -> int:
         read_haystack(arguments.haystack)
     if arguments.documents:
         read_questions(arguments.documents)
-    return len(own_rows(arguments)) if arguments.dataset else arguments.eval_prompts + (arguments.train_prompts or 0)
+    return (
+        len(own_rows(arguments))
+        if arguments.dataset
+        else (arguments.eval_prompts or 0) + (arguments.train_prompts or 0)
+    )
 
 
 def make_prompts(
@@ -57,7 +62,7 @@ def make_prompts(
 
 def generated(arguments: TrainArguments, tokenizer, advance: Advance) -> tuple[list[list[dict]], list[dict]]:
     """Prompts of a task: those of each stage, which share the number of them, and those held out, of the last."""
-    assert arguments.task is not None and arguments.train_prompts is not None
+    assert arguments.task and arguments.train_prompts and arguments.eval_prompts
     task, count = arguments.task, arguments.train_prompts
     lengths = [length for length in arguments.stages() if length is not None]
 
@@ -70,6 +75,7 @@ def generated(arguments: TrainArguments, tokenizer, advance: Advance) -> tuple[l
             count=count,
             seed=arguments.task_seed,
             length=length,
+            argument="length" if arguments.lengths is None else "lengths",
             needles=arguments.needles,
             haystack=arguments.haystack,
             documents=arguments.documents,
@@ -95,14 +101,15 @@ def from_own(arguments: TrainArguments, tokenizer, advance: Advance) -> tuple[li
         if stage is not None:
             fitting.append((row, stage))
         advance()
-    if len(fitting) <= arguments.eval_prompts:
+    count = arguments.eval_prompts or min(DEFAULT_EVAL_PROMPTS, max(len(fitting) // HELD_OUT_SHARE, 1))
+    if len(fitting) <= count:
         raise ValueError(
-            f"dataset: {len(fitting)} of the {len(rows)} rows of {arguments.dataset} keep within {max(lengths)} "
-            f"tokens, {arguments.eval_prompts} of which would be held out; needed more rows, or fewer eval_prompts"
+            f"dataset: {len(fitting)} of the {len(rows)} rows of {arguments.dataset} fit into the length, and {count} "
+            "would be held out, which leaves none to train on; give more rows, lower eval_prompts, or raise length"
         )
     # From the other end, so that more of the ones change nothing in the others.
-    held_out = [row for row, _ in fitting[: arguments.eval_prompts]]
-    for row, stage in fitting[: arguments.eval_prompts - 1 : -1][: arguments.train_prompts]:
+    held_out = [row for row, _ in fitting[:count]]
+    for row, stage in fitting[: count - 1 : -1][: arguments.train_prompts]:
         stages[stage].append(row)
     return stages, held_out
 
@@ -118,8 +125,8 @@ def own_rows(arguments: TrainArguments) -> list[dict]:
         answers = row.get("answers", row.get("answer"))
         if not row.get("prompt") or (answers is None and arguments.reward is None):
             raise ValueError(
-                f"dataset: row {i} of {arguments.dataset} has {', '.join(row)}; needed prompt, and answer (or a list, "
-                "answers) or a reward"
+                f"dataset: row {i} of {arguments.dataset} has {', '.join(row)}; needed prompt and answer (or "
+                "answers, a list); without answers name a reward"
             )
         if answers is not None:
             row["answers"] = [str(one) for one in answers] if isinstance(answers, list) else [str(answers)]
@@ -140,11 +147,13 @@ def in_stages(pools: list[int], training: GRPOConfig) -> list[int]:
     batches = math.ceil(training.max_steps * training.gradient_accumulation_steps / generations)
     if batches < len(pools):
         raise ValueError(
-            f"lengths: {len(pools)} stages need as many generated batches, but max_steps {training.max_steps} makes "
-            f"{max(batches, 0)}; give max_steps, or fewer lengths"
+            f"lengths: got {len(pools)} stages, which need at least as many generated batches, but max_steps "
+            f"{training.max_steps} makes {max(batches, 0)}; raise max_steps, or give fewer lengths"
         )
     if 0 in pools:
-        raise ValueError(f"lengths: stage {pools.index(0) + 1} has no prompts; leave it out, or give more prompts")
+        raise ValueError(
+            f"lengths: stage {pools.index(0) + 1} has no prompts of its length; leave it out, or give more prompts"
+        )
     rng = random.Random(training.seed)
     order: list[int] = []
     for i, count in enumerate(pools):

@@ -68,8 +68,8 @@ class Run:
             )
             if arguments.stochastic_rounding and self.model.dtype == torch.float32:
                 raise ValueError(
-                    "stochastic_rounding: got True, but the weights are float32, which lose nothing to rounding; leave "
-                    "it out, or name a 16-bit dtype in model_init_kwargs"
+                    "stochastic_rounding: got True, but the weights are float32, which need none; leave it out, or set "
+                    "a 16-bit dtype in model_init_kwargs"
                 )
             self.longact = None
             if arguments.longact:
