@@ -40,7 +40,7 @@ STAGES = {
     "cuda": Plan(130, 3, interpreted=True),
     "sanitize": Plan(130, 3, interpreted=True),
     "kernels": Plan(110, 4, interpreted=True),
-    "steps": Plan(85, 5),
+    "steps": Plan(120, 5),
     "tune": Plan(30, 6),
 }
 SECONDS = 455  # of all stages together

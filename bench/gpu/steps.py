@@ -49,7 +49,7 @@ def cases(dry: bool) -> list[Case]:
 
 def run(stage: Stage) -> int:
     failed = 0
-    for case in cases(stage.dry):
+    for i, case in enumerate(cases(stage.dry)):
         # Dense once more at the end: what it then differs by is the machine's, not a contender's.
         for name, prepare in [*CONTENDERS.items(), ("dense, masters (again)", CONTENDERS["dense, masters"])]:
             try:
@@ -58,8 +58,9 @@ def run(stage: Stage) -> int:
                 failed += 1
                 stage.row("error", model=case.name, contender=name, error=f"{type(error).__name__}: {error}"[:500])
             collect()
-    trace(cases(stage.dry)[0], stage.folder / "trace.json.gz")
-    collect()
+        if i == 0:  # before the large ones, should time run out
+            trace(case, stage.folder / "trace.json.gz")
+            collect()
     return int(failed > 0)
 
 
