@@ -47,8 +47,9 @@ def pack_kernel(
     blocks = tl.cdiv(P, BLOCK_S)
     row = tl.program_id(0) // blocks * BLOCK_M
     offs_s = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1).to(tl.int32)
+    channel = tl.load(index_ptr + offs_s, mask=offs_s < S, other=-1)
     in_s = (channel >= 0) & (channel < N)
+    channel = channel.to(tl.int32)
     x_ptr += row.to(tl.int64) * stride_xm
     packed_ptr += row.to(tl.int64) * P
     lines = ()

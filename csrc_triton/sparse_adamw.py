@@ -32,6 +32,7 @@ FIELDS = (
     "grad_compact",  # 1: the gradient holds the salient channels only
     "state_compact",  # 1: so do moments, steps and master
     "first_program",
+    "size",  # how many channels the weight has: a set that holds another is not followed there
 )
 LAYOUTS = ("aligned", "unaligned", "columns")
 
@@ -158,7 +159,7 @@ def sparse_adamw(
         tau = tl.load(steps_ptr).to(tl.int32)
     else:
         channel = tl.load(channels_ptr + slot, mask=slot < count, other=-1)
-        owned = channel >= 0
+        owned = (channel >= 0) & (channel < tl.load(entry + 15))
         in_grad = tl.where(grad_compact != 0, slot, channel)
         in_state = tl.where(state_compact != 0, slot, channel)
         tau = tl.load(steps_ptr + in_state, mask=owned, other=0) + 1

@@ -57,7 +57,9 @@ def test_channels_outside_the_set_are_zero():
     assert dw[outside].count_nonzero() == 0 and dw[rows].count_nonzero() == dw[rows].numel()
 
 
-@pytest.mark.parametrize(("rows", "got"), [([3, 8], "3 to 8"), ([3, -1], "-1 to -1")])
+@pytest.mark.parametrize(
+    ("rows", "got"), [([3, 8], "3 to 8"), ([3, -1], "-1 to 3"), ([-2], "-2 to -2"), ([4, 4], "4 to 4")]
+)
 def test_a_channel_that_is_not_there_is_an_error(rows, got):
-    with pytest.raises(IndexError, match=f"rows: got channels from {got}, needed them in 0 .. 7"):
+    with pytest.raises(IndexError, match=f"rows: got channels from {got}, needed them within 0 .. 7"):
         ops.salient_wgrad(torch.randn(5, 8), torch.randn(5, 4), torch.tensor(rows))

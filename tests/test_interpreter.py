@@ -17,6 +17,7 @@ MODULES = [
     "test_channel_stats.py",
     "test_dispatch.py",
     "test_linear_stats.py",
+    "test_memory_safety.py",
     "test_refresh.py",
     "test_salient_wgrad.py",
     "test_sparse_adamw.py",
@@ -26,7 +27,8 @@ MODULES = [
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already in the interpreter")
 @pytest.mark.parametrize("module", MODULES)
 def test_interpreted(module):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", module]
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, module]
     done = subprocess.run(
         command,
         cwd=Path(__file__).parent,

@@ -40,8 +40,8 @@ def sparse_adamw_work(rows: int, K: int, itemsize: int, master: bool) -> Work:
     # Gradient; weight, written and, without a master, read; moments and master, read and written.
     per_element = itemsize + itemsize * (1 if master else 2) + 16 + (8 if master else 0)
     minimum = rows * K * per_element
-    # A row's line number, index, step count (read and written), line of the table (15 fields) and learning rate.
-    return Work(f"{rows} rows of {K}", rows * K, moved=minimum + rows * (4 + 8 + 8 + 15 * 8 + 4), minimum=minimum)
+    # A row's line number, index, step count (read and written), line of the table (16 fields) and learning rate.
+    return Work(f"{rows} rows of {K}", rows * K, moved=minimum + rows * (4 + 8 + 8 + 16 * 8 + 4), minimum=minimum)
 
 
 def sparse_adamw_columns_work(N: int, K: int, S: int, itemsize: int, compact: bool) -> Work:

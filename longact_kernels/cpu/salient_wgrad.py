@@ -5,6 +5,7 @@ from torch import Tensor
 
 from longact_kernels.cpu import native
 from longact_kernels.cpu.rows import copy_rows_
+from longact_kernels.reference.channels import check_channels
 
 # Tokens that the ATen form packs at a time: their salient channels are taken while they are in the cache.
 _CHUNK = 256
@@ -22,11 +23,9 @@ def salient_wgrad(
     """See :func:`longact_kernels.ops.salient_wgrad`."""
     along_rows = axis == "rows"
     salient, other = (dy, x) if along_rows else (x, dy)
+    check_channels("rows", [rows], [salient.shape[1]])
     empty = int((rows < 0).sum())
     slots, rows = len(rows), rows[empty:]
-    channels = salient.shape[1]
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < channels:
-        raise IndexError(f"rows: got channels from {rows.min()} to {rows.max()}, needed them in 0 .. {channels - 1}")
     if native.available():
         packed = _pack(salient, rows)
     elif dy.dtype == torch.float32:

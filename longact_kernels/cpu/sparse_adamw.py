@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longact_kernels.cpu import native
 from longact_kernels.cpu.rows import copy_rows_
+from longact_kernels.reference.channels import check_channels
 from longact_kernels.reference.sparse_adamw import AdamWCall, hash32, moment_key, random_key, stochastic_round
 
 # Elements of one task: large beside the cost of handing it out, small beside a core's share of the work.
@@ -82,28 +83,27 @@ class Prepared:
             not self._along_rows, 0,
         )  # fmt: skip
         if native.run(kernels.check, count, args)[-1]:
-            raise _outside(call)
+            _check_sets(call)
         columns = kernels.gathered_columns if call.compact else kernels.columns
         passes = [(kernels.column_factors, count), (columns, self._tasks)]
         for kernel, tasks in [(kernels.rows, self._tasks)] if self._along_rows else passes:
             native.run(kernel, tasks, args)
 
 
-def _outside(call: AdamWCall) -> IndexError:
-    return IndexError(f"index: a channel outside its weight's {call.axis}; nothing was changed")
+def _check_sets(call: AdamWCall) -> None:
+    along = 0 if call.axis == "rows" else 1
+    check_channels("index", call.index, [weight.shape[along] for weight in call.weights])
 
 
 def _aten(call: AdamWCall) -> None:
     along = 0 if call.axis == "rows" else 1
     lr = call.lr.item()
-    for weight, index in zip(call.weights, call.index, strict=True):
-        if ((index < -1) | (index >= weight.shape[along])).any():
-            raise _outside(call)
+    _check_sets(call)
     scratch = torch.empty(4, max(_BLOCK, *(max(weight.shape) for weight in call.weights)))
     for i, (weight, index) in enumerate(zip(call.weights, call.index, strict=True)):
         empty = int((index == -1).sum())
         index = index[empty:]
-        if not len(index) or not weight.numel():
+        if not len(index):
             continue
         compact_grad = call.grads[i].shape != weight.shape
         grad = call.grads[i].narrow(along, empty, len(index)) if compact_grad else call.grads[i]
@@ -114,6 +114,8 @@ def _aten(call: AdamWCall) -> None:
             steps, stepped = steps[empty:], torch.arange(len(index))
         exp_avg, exp_avg_sq, *master = states
         steps[stepped] += 1
+        if not weight.numel():
+            continue
         tau = steps[stepped].unsqueeze(1 - along)
         step_size = (lr / (1 - call.beta1 ** tau.double())).float()
         correction = (1 - call.beta2 ** tau.double()).sqrt().float()

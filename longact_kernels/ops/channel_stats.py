@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.arguments import check_tensor
 from longact_kernels.ops.device import target
 from longact_kernels.ops.dispatch import device_code, implementation, library, runs_at_once
 from longact_kernels.reference.channel_stats import channel_stats as _reference
@@ -34,20 +35,37 @@ def channel_stats(
         absmax fp32 [N] (exact; NaN and Inf survive; 0 without tokens) and sumsq fp32 [B, N] ([0, N] if not `l2`).
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, naming the argument; on a CPU for such bounds.
+        TypeError, ValueError: for arguments that do not fit, naming them; on a CPU for such bounds too.
     """
+    check_tensor("y", y)
     if y.ndim == 0 or y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"y: got {y.dtype} {list(y.shape)}, needed fp32, fp16 or bf16 [..., T, N]")
-    if mask is not None and (mask.shape != y.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])}, one value a token of y"
-        )
-    if cu_seqlens is not None and y.ndim != 2:
-        raise ValueError(f"cu_seqlens: goes with packed y of shape [tokens, N], got y {list(y.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]")
+    check_tokens("y", y, mask, cu_seqlens)
     run = _run if runs_at_once(y) else torch.ops.longact.channel_stats.default
     return run(y, mask, cu_seqlens, l2)
+
+
+def check_tokens(name: str, y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What is said of the tokens of an activation [..., T, N], which is the argument `name`.
+
+    Raises:
+        TypeError, ValueError: it does not fit; the message names the argument.
+    """
+    if mask is not None:
+        check_tensor("mask", mask, y.device)
+        if mask.shape != y.shape[:-1] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(y.shape[:-1])}, one value a token "
+                f"of {name}"
+            )
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, y.device)
+        if y.ndim != 2:
+            raise ValueError(f"cu_seqlens: goes with packed {name} of two dimensions, got {name} {list(y.shape)}")
+        if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]"
+            )
 
 
 library.define("channel_stats(Tensor y, Tensor? mask, Tensor? cu_seqlens, bool l2) -> (Tensor, Tensor)")

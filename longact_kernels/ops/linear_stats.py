@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops import impl_table
+from longact_kernels.ops.arguments import check_tensor
 from longact_kernels.ops.channel_stats import _run as channel_stats
+from longact_kernels.ops.channel_stats import check_tokens
 from longact_kernels.ops.device import matmul_precision, target
 from longact_kernels.ops.dispatch import launch, library, runs_at_once, runs_triton
 
@@ -49,27 +51,24 @@ def linear_stats(
         y [..., T, N], absmax fp32 [N], sumsq fp32 [B, N] ([0, N] if not `l2`).
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, naming the argument; for "fused" where no kernel can run.
+        TypeError, ValueError: for arguments that do not fit, naming them; for "fused" where no kernel can run.
     """
     if impl not in ("auto", "fused", "separate"):
         raise ValueError(f"impl: got {impl!r}, needed 'auto', 'fused' or 'separate'")
+    check_tensor("x", x)
+    check_tensor("weight", weight, x.device)
     if weight.ndim != 2 or x.ndim < 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(
             f"x, weight: got {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, "
             "needed [..., T, K] and [N, K] of one dtype"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: got {list(bias.shape)}, needed [{len(weight)}]")
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask: got {mask.dtype} {list(mask.shape)}, needed torch.bool {list(x.shape[:-1])}, one value a token of x"
-        )
-    if cu_seqlens is not None and x.ndim != 2:
-        raise ValueError(f"cu_seqlens: goes with packed x of shape [tokens, K], got x {list(x.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, needed int32 or int64 [B + 1]")
-    if impl == "fused" and x.dtype not in _OVERFLOW:
-        raise ValueError(f"impl: 'fused' takes fp32, fp16 and bf16, got x in {x.dtype}; use impl='separate'")
+    if x.dtype not in _OVERFLOW:
+        raise ValueError(f"x: got {x.dtype}, needed fp32, fp16 or bf16")
+    if bias is not None:
+        check_tensor("bias", bias, x.device)
+        if bias.shape != weight.shape[:1] or bias.dtype != x.dtype:
+            raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, needed {x.dtype} [{len(weight)}]")
+    check_tokens("x", x, mask, cu_seqlens)
     if impl == "fused" and not x.device.type == "meta" and not runs_triton(x):
         raise ValueError(
             f"impl: 'fused' needs tensors on a CUDA or ROCm GPU and triton, got {x.device}; use impl='auto'"
@@ -110,7 +109,7 @@ def _choose(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> impl_table.
     if not (x.is_cuda and runs_triton(x) and impl_table.measured()):
         return "separate"
     tokens = x.shape[-2] if cu_seqlens is None else len(x) // max(1, len(cu_seqlens) - 1)
-    if x.dtype not in _OVERFLOW or tokens < _FUSED_TOKENS:
+    if tokens < _FUSED_TOKENS:
         return "separate"
     gpu, dtype = torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch.")
     M = x.shape[:-1].numel()
@@ -126,9 +125,10 @@ def _fused(
     y = x.new_empty(*x.shape[:-1], N)
     # The statistic's bits: see the kernel.
     absmax = torch.zeros(N, dtype=torch.int32, device=x.device)
-    x2 = x.reshape(-1, K)
+    x2 = x.reshape(x.shape[:-1].numel(), K)
     x2, weight = (t if t.stride(1) == 1 or K == 1 else t.contiguous() for t in (x2, weight))
-    mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
+    bias = None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous().view(-1).view(torch.uint8)
     M = len(x2)
     aligned = all(size % 16 == 0 for size in (N, K, x2.stride(0), weight.stride(0)))
     config = launch_config(target(x.device), x.itemsize, aligned)
@@ -138,8 +138,8 @@ def _fused(
         num_pid_m = B * -(-T // BLOCK_M)
     else:
         B = len(cu_seqlens) - 1
-        # The kernel and the sums follow them.
-        cu_seqlens = cu_seqlens.clamp(0, M).to(torch.int32)
+        # The kernel and the sums follow them: held within the tokens, and ascending.
+        cu_seqlens = cu_seqlens.clamp(0, M).cummax(0).values.to(torch.int32)
         num_pid_m = -(-M // BLOCK_M) + B + 1
     partial = x.new_empty((num_pid_m, N), dtype=torch.float32) if l2 else None
     if M and N:

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.arguments import check_list, check_tensor, check_tensors, overlaps_itself
 from longact_kernels.ops.dispatch import implementation
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference import refresh as _reference
@@ -32,17 +34,26 @@ def select(saliency: Tensor, group: int | Sequence[int], count: int | Sequence[i
         int64 indices into `saliency`, ascending; as many as the counts add up to.
 
     Raises:
-        ValueError: if `saliency` does not divide into such groups, or a count is not in 1..group.
+        TypeError, ValueError: for arguments that do not fit, naming them; if `saliency` does not divide into such
+            groups, or a count is not in 1..group.
     """
-    groups = [group] if isinstance(group, int) else list(group)
-    counts = [count] * len(groups) if isinstance(count, int) else list(count)
-    n = saliency.numel()
-    fits = n % group == 0 if isinstance(group, int) else n == sum(groups)
-    if not fits or len(counts) != len(groups) or not all(1 <= c <= g for g, c in zip(groups, counts, strict=False)):
-        raise ValueError(f"select: cannot choose {count} of every {group} among {n} channels")
+    check_tensor("saliency", saliency)
     if saliency.ndim != 1 or saliency.dtype != torch.float32:
         raise ValueError(f"saliency: got {saliency.dtype} {list(saliency.shape)}, needed torch.float32 [n]")
+    groups, counts = _whole_numbers("group", group), _whole_numbers("count", count)
+    n, same = saliency.numel(), not isinstance(group, Sequence)
+    counts = counts if isinstance(count, Sequence) else counts * len(groups)
+    in_each = len(counts) == len(groups) and all(1 <= c <= g for g, c in zip(groups, counts, strict=True))
+    if not in_each or (n % groups[0] if same else n != sum(groups)):
+        raise ValueError(f"select: cannot choose {count} of every {group} among {n} channels")
     return _select(saliency, groups, counts)
+
+
+def _whole_numbers(name: str, numbers: int | Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(number) for number in (numbers if isinstance(numbers, Sequence) else [numbers])]
+    except TypeError:
+        raise TypeError(f"{name}: got {numbers!r}, needed a whole number, or a list of some") from None
 
 
 @torch.library.custom_op("longact::select", mutates_args=())
@@ -60,7 +71,7 @@ def _(saliency, groups, counts):
 def _select_kernel(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     from longact_kernels.csrc_triton.refresh import LARGE_GROUP, SELECT_CONFIG, select_kernel
 
-    if max(groups) > LARGE_GROUP:
+    if max(groups, default=0) > LARGE_GROUP:
         # One kind of zero and of NaN, which a radix sort would tell apart by their signs.
         return _reference.select(torch.where(saliency.isnan(), torch.nan, saliency + 0.0), groups, counts)
     if len(groups) == 1:
@@ -107,22 +118,31 @@ def carry_(
         For each layer bool [S], True where a channel stays; state of the others is zero.
 
     Raises:
-        ValueError: for lengths, shapes or dtypes that do not fit, naming the argument.
+        TypeError, ValueError: for arguments that do not fit, naming them.
+        IndexError: on a CPU, for sets that do not ascend; no state has changed then.
     """
     if axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
+    check_list("states", states)
+    check_tensors("old", old)
+    check_tensors("new", new, old[0].device if old else None)
     if not len(states) == len(old) == len(new):
         raise ValueError(f"carry: got states, old and new of {len(states)}, {len(old)} and {len(new)} layers")
+    for name, sets in (("old", old), ("new", new)):
+        for i, index in enumerate(sets):
+            if index.ndim != 1 or index.dtype != torch.int64:
+                raise ValueError(f"{name}[{i}]: got {index.dtype} {list(index.shape)}, needed torch.int64 [S]")
     sizes = [len(before) for before in old]
     for i, after in enumerate(new):
-        if after.shape != old[i].shape or after.ndim != 1:
+        if len(after) != sizes[i]:
             raise ValueError(f"new[{i}]: got {list(after.shape)}, needed the shape of the old set, [{sizes[i]}]")
+        check_tensors(f"states[{i}]", states[i], after.device)
         for state in states[i]:
             fits = state.ndim in (1, 2) and state.shape[-1 if axis == "columns" else 0] == sizes[i]
-            if not fits or state.dtype not in (torch.float32, torch.int32):
+            if not fits or state.dtype not in (torch.float32, torch.int32) or overlaps_itself(state):
                 raise ValueError(
-                    f"states[{i}]: got {state.dtype} {list(state.shape)}, needed fp32 or int32 in one or two "
-                    f"dimensions with {sizes[i]} slots along {axis}"
+                    f"states[{i}]: got {state.dtype} {list(state.shape)} with strides {state.stride()}, needed fp32 or "
+                    f"int32 in one or two dimensions with {sizes[i]} slots along {axis}, each at a place of its own"
                 )
     if not sum(sizes):
         return [torch.empty_like(after, dtype=torch.bool) for after in new]
@@ -141,6 +161,10 @@ def _(states, layers, old, new, columns):
     return old[0].new_empty(sum(len(after) for after in new), dtype=torch.bool)
 
 
+# The largest channel that a set may hold.
+_MOST = 2**31 - 1
+
+
 def _carry_kernel(
     states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool
 ) -> Tensor:
@@ -150,7 +174,8 @@ def _carry_kernel(
     sizes = tuple(len(before) for before in old)
     layer_of, first, bounds = upload(device, *_slots(sizes), _bounds(sizes))
     # All layers are looked up at once: the layer is what comes first in the order.
-    before, after = torch.cat(old) + layer_of, torch.cat(new) + layer_of
+    # Below the layer's bits, whatever the sets hold.
+    before, after = (torch.cat(sets).clamp(-1, _MOST) + layer_of for sets in (old, new))
     place = torch.searchsorted(before, after, out_int32=True).clamp_(max=len(before) - 1)
     # The layer in the high bits keeps -1, a slot without a channel, below the layer's own channels.
     kept = (before[place] == after) & (torch.cat(new) >= 0)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.arguments import check_tensor, overlaps_itself
 from longact_kernels.ops.dispatch import device_code, implementation, library, runs_at_once
 from longact_kernels.reference.salient_wgrad import salient_wgrad as _reference
 
@@ -52,12 +53,20 @@ def salient_wgrad(
         [N, K] in the dtype of `dy`, or the compact form, or `out`; with `bias` a pair of it and the bias gradient.
 
     Raises:
-        ValueError: if the shapes or dtypes do not fit, naming the argument.
+        TypeError, ValueError: for arguments that do not fit, naming them.
+        IndexError: on a CPU, for a set that does not ascend within the channels; `out` has not changed then. Kernels
+            on a GPU leave channels out that there are not.
     """
     if axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
+    check_tensor("dy", dy)
+    device = dy.device
+    check_tensor("x", x, device)
+    check_tensor("rows", rows, device)
     if dy.ndim != 2 or x.ndim != 2 or dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy, x: got shapes {list(dy.shape)} and {list(x.shape)}, needed [M, N] and [M, K]")
+    if dy.dtype not in (*_FLOATS, torch.float64):  # the reference takes doubles, for gradcheck
+        raise ValueError(f"dy: got {dy.dtype}, needed fp32, fp16 or bf16")
     if dy.dtype != x.dtype:
         raise ValueError(f"x: got {x.dtype}, needed the dtype of dy, {dy.dtype}")
     if rows.ndim != 1 or rows.dtype != torch.int64:
@@ -68,14 +77,15 @@ def salient_wgrad(
         run = _run if runs_at_once(dy) else torch.ops.longact.salient_wgrad.default
         dw = run(dy, x, rows, axis, compact)
     else:
+        check_tensor("out", out, device)
         shape = [dy.shape[1], x.shape[1]]
         if compact:
             shape[axis == "columns"] = len(rows)
         dtype = torch.float32 if compact else dy.dtype
-        if list(out.shape) != shape or out.stride(1) != 1 or out.dtype != dtype:
+        if list(out.shape) != shape or out.dtype != dtype or out.stride(1) != 1 or overlaps_itself(out):
             raise ValueError(
                 f"out: got {out.dtype} {list(out.shape)} with strides {out.stride()}, "
-                f"needed {dtype} {shape} with rows contiguous"
+                f"needed {dtype} {shape} with rows contiguous, each at a place of its own"
             )
         write = _write if runs_at_once(out) else torch.ops.longact.salient_wgrad_.default
         write(out, dy, x, rows, axis, compact, accumulate)

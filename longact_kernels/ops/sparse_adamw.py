@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.arguments import check_tensors, overlaps_itself
 from longact_kernels.ops.dispatch import launch, runs_triton, warn_reference
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference.sparse_adamw import AdamWCall
@@ -53,8 +54,9 @@ def sparse_adamw_(*args: Any, **kwargs: Any) -> None:
             low 32 bits, the weight's place in the list, the element and its τ only: the same call gives the same bits.
 
     Raises:
-        ValueError: for lists, shapes, dtypes, numbers or an axis that do not fit, naming the argument.
-        IndexError: on a CPU, for an index outside its weight; nothing has changed then.
+        TypeError, ValueError: for arguments that do not fit, naming them; nothing has changed then.
+        IndexError: on a CPU, for a set that does not ascend within its weight; nothing has changed then. Kernels on a
+            GPU leave channels out that the weight has not.
     """
     call = AdamWCall(*args, **kwargs)
     _check_held(call)
@@ -97,7 +99,7 @@ class AdamWPlan:
         axis: str = "rows",
     ):
         lists = weights, index, exp_avgs, exp_avg_sqs, steps, masters
-        self._held: dict[str, list[Tensor]] = dict(zip(_HELD, map(list, lists), strict=True))
+        self._held: dict[str, Any] = {name: [*tensors] for name, tensors in zip(_HELD, lists, strict=True)}
         self._options: dict[str, Any] = dict(compact=compact, axis=axis)
         call = self._call([])
         _check_held(call)
@@ -126,8 +128,8 @@ class AdamWPlan:
         """One step on these gradients.
 
         Raises:
-            ValueError: for gradients or numbers that do not fit, naming the argument.
-            IndexError: on a CPU, for an index outside its weight; nothing has changed then.
+            TypeError, ValueError: for gradients or numbers that do not fit, naming the argument.
+            IndexError: as of :func:`sparse_adamw_`.
         """
         call = self._call(
             list(grads), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize,
@@ -153,6 +155,7 @@ class AdamWPlan:
 
 _HELD = ("weights", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")
 _MUTATED = ("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+_BELOW = {"beta1": 1.0, "beta2": 1.0, "eps": math.inf, "weight_decay": math.inf}
 _NO_NUMBERS: dict[str, Any] = dict(lr=torch.zeros(()), beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 
 
@@ -192,12 +195,17 @@ def _check_held(call: AdamWCall) -> None:
     if call.axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {call.axis!r}, needed 'rows' or 'columns'")
     lists = {name: getattr(call, name) for name in _HELD}
+    for name, tensors in lists.items():
+        check_tensors(name, tensors)
     lengths = {name: len(tensors) for name, tensors in lists.items() if tensors or name not in ("index", "masters")}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"sparse_adamw_: lists of one length needed, got {lengths}")
     devices = {tensor.device for tensors in lists.values() for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
+    written = [tensor.data_ptr() for name in _MUTATED for tensor in lists[name] if tensor.numel()]
+    if len(set(written)) < len(written):
+        raise ValueError("sparse_adamw_: two of the weights and states share memory; needed a place for each")
     for name, tensors in lists.items():
         _check_dtypes(name, tensors, (torch.float32,) if name == "steps" and not call.index else _DTYPES[name])
     _check_dtypes("exp_avgs, exp_avg_sqs", call.exp_avgs[:1] + call.exp_avg_sqs[:1], _DTYPES["exp_avgs"])
@@ -211,8 +219,8 @@ def _check_held(call: AdamWCall) -> None:
         return
 
     for i, weight in enumerate(call.weights):
-        if weight.ndim != 2 or not _has_plain_rows(weight):
-            raise _misfit("weights", i, weight, "[N, K], elements of a row next to one another")
+        if weight.ndim != 2 or not _has_plain_rows(weight) or overlaps_itself(weight):
+            raise _misfit("weights", i, weight, "[N, K], rows apart and elements of a row next to one another")
     _check_shapes("index", call.index, [(index.numel(),) for index in call.index])
     along = 0 if call.axis == "rows" else 1
     held = _salient_shapes(call) if call.compact else [weight.shape for weight in call.weights]
@@ -223,6 +231,7 @@ def _check_held(call: AdamWCall) -> None:
 
 
 def _check_grads(call: AdamWCall) -> None:
+    check_tensors("grads", call.grads)
     if len(call.grads) != len(call.weights):
         raise ValueError(f"grads: got {len(call.grads)}, needed one for each of {len(call.weights)} weights")
     _check_dtypes("grads", call.grads, _FLOATS)
@@ -234,12 +243,26 @@ def _check_grads(call: AdamWCall) -> None:
 
 
 def _check_numbers(call: AdamWCall) -> None:
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(call, name) < 1:
-            raise ValueError(f"{name}: got {getattr(call, name)}, needed a number of at least 0 and below 1")
-    for name in ("eps", "weight_decay"):
-        if not getattr(call, name) >= 0:
-            raise ValueError(f"{name}: got {getattr(call, name)}, needed a number of at least 0")
+    for name, below in _BELOW.items():
+        value = getattr(call, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < below:
+            needed = "a number of at least 0 and below 1" if below == 1 else "a finite number of at least 0"
+            raise ValueError(f"{name}: got {value}, needed {needed}")
+    if call.seed is not None and not isinstance(call.seed, int):
+        raise ValueError(f"seed: got {call.seed!r}, needed a whole number or None")
+    for name in ("lr", "grad_scale", "found_inf"):
+        value = getattr(call, name)
+        if value is None and name != "lr":
+            continue
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: got {kind}, needed a tensor of one element")
+        # What lies on a device is read there alone.
+        if value.is_cpu and not torch.compiler.is_compiling() and name != "found_inf":
+            number = value.item()
+            if not 0 <= number < math.inf or (name == "grad_scale" and not number):
+                least = "above 0" if name == "grad_scale" else "of at least 0"
+                raise ValueError(f"{name}: got {number}, needed a finite number {least}")
 
 
 def _salient_shapes(call: AdamWCall) -> Sequence[tuple[int, ...]]:
@@ -310,19 +333,22 @@ class Launcher:
         self._device, self._whole, chunk = call.weights[0].device, not call.index, CHUNK.value
         if self._whole:
             sizes = [weight.numel() for weight in call.weights]
-            channels = [(0, -(-size // chunk), size, chunk, chunk) for size in sizes]
+            channels = [(0, -(-size // chunk), 1, size, chunk, chunk) for size in sizes]
         else:
             along = 1 if call.axis == "rows" else 0
             channels = [
-                (index.data_ptr(), index.numel(), weight.shape[along], weight.stride(0), exp_avg.stride(0))
+                (
+                    *(index.data_ptr(), index.numel(), weight.shape[1 - along], weight.shape[along]),
+                    *(weight.stride(0), exp_avg.stride(0)),
+                )
                 for weight, index, exp_avg in zip(call.weights, call.index, call.exp_avgs, strict=True)
             ]
-        longest = chunk if self._whole else max(length for _, _, length, *_ in channels)
+        longest = chunk if self._whole else max(length for _, _, _, length, *_ in channels)
         self._configs = {layout: launch_config(layout, longest, call.exp_avgs[0].itemsize) for layout in LAYOUTS}
         block = self._configs["columns" if call.axis == "columns" else "aligned"]["BLOCK_C"]
         lists = (call.weights, call.exp_avgs, call.exp_avg_sqs, call.steps, call.masters or call.weights)
         lines, programs = [], [0]
-        for (index, count, length, stride_weight, stride_state), *tensors in zip(channels, *lists, strict=True):
+        for (index, count, size, length, stride_weight, stride_state), *tensors in zip(channels, *lists, strict=True):
             weight, exp_avg, exp_avg_sq, step, master = map(Tensor.data_ptr, tensors)
             line = {
                 "weight": weight,
@@ -332,6 +358,7 @@ class Launcher:
                 "steps": step,
                 "master": master,
                 "count": count,
+                "size": size,
                 "length": length,
                 "stride_weight": stride_weight,
                 "stride_state": stride_state,

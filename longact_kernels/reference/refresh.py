@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from longact_kernels.reference.channels import check_channels
+
 
 def select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     """See :func:`longact_kernels.ops.select`, whose meaning this defines."""
@@ -26,6 +28,8 @@ def carry_(
     states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool = False
 ) -> Tensor:
     """See :func:`longact_kernels.ops.carry_`, whose meaning this defines; `states[i]` belongs to layer `layers[i]`."""
+    for name, sets in (("old", old), ("new", new)):
+        check_channels(name, sets, [2**31] * len(sets))
     slots = [
         torch.searchsorted(before, after).clamp_(max=len(before) - 1) for before, after in zip(old, new, strict=True)
     ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from longact_kernels.reference.channels import check_channels
+
 
 def salient_wgrad(
     dy: Tensor,
@@ -14,6 +16,7 @@ def salient_wgrad(
     accumulate: bool = False,
 ) -> Tensor:
     """See :func:`longact_kernels.ops.salient_wgrad`, whose meaning this defines."""
+    check_channels("rows", [rows], [(dy if axis == "rows" else x).shape[1]])
     slots = (rows >= 0).nonzero().flatten()
     channels = rows[slots]
     left, right = (dy[:, channels], x) if axis == "rows" else (dy, x[:, channels])

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longact_kernels.reference.channels import check_channels
+
 _MASK = 0xFFFFFFFF
 # Numbers of a whole weight that have one random key.
 _CHUNK = 1 << 16
@@ -42,6 +44,8 @@ def sparse_adamw_(call: AdamWCall) -> None:
         return
     lr = call.lr.double()
     whole = not call.index
+    along = 0 if call.axis == "rows" else 1
+    check_channels("index", call.index, [weight.shape[along] for weight in call.weights] if call.index else [])
     for i in range(len(call.weights)):
         masters = call.masters or call.weights
         tensors = call.weights[i], call.grads[i], call.exp_avgs[i], call.exp_avg_sqs[i], masters[i]

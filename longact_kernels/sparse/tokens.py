@@ -55,6 +55,8 @@ class Tokens:
                 f"statistic='l2' asks ({name}); pass the [batch, tokens] mask, or position_ids or cu_seq_lens_q"
             )
         bounds = self.cu_seqlens
+        if bounds is not None:
+            _check_bounds(bounds, x.shape[:-1].numel(), name)
         if bounds is None and l2 and self.positions is not None:
             positions = self._fit(self.positions, x, name, "position_ids")
             begins = torch.ones_like(positions, dtype=torch.bool)
@@ -84,6 +86,18 @@ class Tokens:
                 f"{list(tokens)}; leave such a layer out with target_modules, or pass a mask that fits"
             )
         return told
+
+
+def _check_bounds(bounds: Any, tokens: int, name: str) -> None:
+    """Whether bounds are of an activation's tokens; where they lie on a GPU, its kernels hold them within."""
+    if not isinstance(bounds, Tensor) or bounds.ndim != 1 or bounds.dtype not in (torch.int32, torch.int64):
+        kind = f"{bounds.dtype} {list(bounds.shape)}" if isinstance(bounds, Tensor) else type(bounds).__name__
+        raise ValueError(f"cu_seq_lens_q: got {kind}, needed an int32 or int64 tensor [sequences + 1]")
+    if bounds.is_cpu and not torch.compiler.is_compiling() and len(bounds) and bounds[-1] > tokens:
+        raise ValueError(
+            f"cu_seq_lens_q: tells of {int(bounds[-1])} tokens, but {name or 'the layer'} has an activation of "
+            f"{tokens}; leave such a layer out with target_modules, or pass bounds that fit"
+        )
 
 
 class Call:

@@ -127,7 +127,7 @@ def _prefetch(source, is_bf16, start):
 
 @compile_kernel
 def check(args):
-    """One task a weight: notes whether its set has a channel that the weight has not. Changes nothing else."""
+    """One task a weight: notes whether its set does not ascend within its channels. Changes nothing else."""
     addresses, sizes, count_of_weights, along_columns = int64_at(args[2]), int64_at(args[3]), args[6], args[13]
     while True:
         task = next_task(args)
@@ -135,9 +135,12 @@ def check(args):
             break
         size, index = advance(sizes, task * _WORDS), int64_at(addresses[2 * count_of_weights + task])
         channels = size[1] if along_columns else size[0]
+        before = -1
         for slot in range(size[2]):
-            if index[slot] < -1 or index[slot] >= channels:
+            channel = index[slot]
+            if channel < before or (channel == before and channel != -1) or channel >= channels:
                 args[14] = 1
+            before = channel
 
 
 @compile_kernel
