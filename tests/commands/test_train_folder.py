@@ -1,0 +1,351 @@
+"""A run's folder that is damaged, full or in use; options that a resumed run may change, and those it may not."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from longact_kernels import LongActWarning
+from longact_kernels.cli import main
+from longact_kernels.commands.files import read_metrics, write_json
+from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, step_of
+from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.resuming import MAY_CHANGE, as_of
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, and a finished run of two steps, each with its checkpoint."""
+    root = tmp_path_factory.mktemp("place")
+    tiny.save(root / "model")
+    assert main(["train", *words(root, root / "run")]) == 0
+    return root
+
+
+def words(root: Path, output: Path, *more) -> list[str]:
+    options = {
+        "model": root / "model",
+        "output_dir": output,
+        "length": 420,
+        "train_prompts": 4,
+        "eval_prompts": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+    }
+    given = [str(word) for word in more]
+    return [f"--{key}={value}" for key, value in options.items() if f"--{key}" not in given] + given
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    """A copy of the run, to be damaged."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def opened(place: Path, run: Path, *more) -> RunFolder:
+    """The folder as a command that resumes takes it; it is given back at once."""
+    folder = RunFolder(*parse(words(place, run, "--resume", *more)))
+    folder.close()
+    return folder
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [empty, halve, flip, Path.unlink])
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth", MANIFEST])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(place, run, name, damage):
+    damage(run / "checkpoint-2" / name)
+    # A manifest that can be read blames another file.
+    named = "is damaged" if (name, damage) == (MANIFEST, flip) else name
+    with pytest.warns(LongActWarning, match=f"checkpoint-2 .*{named}.*; going on from checkpoint-1"):
+        assert opened(place, run).checkpoint == run / "checkpoint-1"
+
+
+def test_a_whole_checkpoint_has_no_flaw_and_other_folders_are_none(place, run, recwarn):
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-4.bak")
+    (run / "checkpoint-x").mkdir()
+    assert opened(place, run).checkpoint == run / "checkpoint-2"
+    assert not [warning for warning in recwarn if issubclass(warning.category, LongActWarning)]
+    # Each file counts.
+    held = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
+    assert held.keys() == {path.name for path in (run / "checkpoint-2").iterdir()} - {MANIFEST}
+
+
+def test_no_whole_checkpoint_is_an_error_but_one_that_was_never_saved_is_not(place, run, refused):
+    for number in (1, 2):
+        flip(run / f"checkpoint-{number}" / "optimizer.pt")
+    message = refused("train", *words(place, run, "--resume"))
+    assert "there is no checkpoint to go on from" in message and "checkpoint-2 is damaged: optimizer.pt" in message
+    for number in (1, 2):
+        (run / f"checkpoint-{number}" / MANIFEST).unlink()
+    with pytest.warns(LongActWarning, match="its saving was interrupted; there is none before it"):
+        assert opened(place, run).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("gone", "what"),
+    [
+        ("optimizer.pt", "optimizer state"),
+        ("scheduler.pt", "learning rate schedule"),
+        ("rng_state.pth", "random state"),
+        ("model.safetensors", "weights"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused(place, run, refused, gone, what):
+    shutil.rmtree(run / "checkpoint-1")
+    held = json.loads((run / "checkpoint-2" / MANIFEST).read_text())
+    del held[gone]
+    (run / "checkpoint-2" / gone).unlink()
+    (run / "checkpoint-2" / MANIFEST).write_text(json.dumps(held))
+    assert f"checkpoint-2 has no {what}" in refused("train", *words(place, run, "--resume"))
+    assert "random state" in str(flaw(place / "run" / "checkpoint-2", processes=2))
+
+
+@pytest.mark.parametrize("damage", [empty, halve])
+def test_a_damaged_run_json_is_named(place, run, refused, damage):
+    damage(run / "run.json")
+    assert "run.json is damaged" in refused("train", *words(place, run, "--resume"))
+
+
+def test_a_bad_byte_in_the_metrics_costs_its_line(run):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(lines[0].replace(b"loss", b"lo\xffs") + lines[1] + b'{"step": 3, "lo')
+    with pytest.warns(LongActWarning, match="line 1 is damaged") as warned:
+        assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [2]
+    assert len(warned) == 1  # a line without an end is what an interruption leaves
+
+
+@pytest.mark.parametrize("damage", [empty, halve, Path.unlink])
+def test_a_lost_accuracy_is_measured_again_from_the_weights_before(place, run, damage):
+    held = json.loads((run / "accuracy_before.json").read_text())
+    damage(run / "accuracy_before.json")
+    (run / "metrics.jsonl").write_bytes(b"\xff\n" + (run / "metrics.jsonl").read_bytes())
+    with pytest.warns(LongActWarning) if damage is not Path.unlink else pytest.warns(LongActWarning, match="line 1"):
+        assert main(["train", *words(place, run, "--resume")]) == 0
+    assert json.loads((run / "accuracy_before.json").read_text()) == held
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+# Options
+
+
+def test_what_may_change_does_and_the_report_says_from_when(place, run):
+    changed = {
+        "learning_rate": 5e-4,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
+        "adam_epsilon": 1e-7,
+        "weight_decay": 0.25,
+        "save_steps": 2,
+        "max_steps": 4,
+        "temperature": 0.5,
+    }
+    more = [str(word) for name, value in changed.items() for word in (f"--{name}", value)]
+    assert main(["train", *words(place, run, "--resume", *more)]) == 0
+    assert not (run / "checkpoint-3").exists()
+    groups = torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    for group in groups:
+        assert (group["lr"], group["initial_lr"], *group["betas"], group["eps"]) == (5e-4, 5e-4, 0.8, 0.99, 1e-7)
+    assert 0.25 in {group["weight_decay"] for group in groups}
+    assert [record["learning_rate"] for record in read_metrics(run / "metrics.jsonl")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    summary = json.loads((run / "summary.json").read_text())
+    assert {change["option"]: change["to"] for change in summary["changes"]} == changed
+    assert {change["step"] for change in summary["changes"]} == {2}
+    assert {change["option"]: change["from"] for change in summary["changes"]}["learning_rate"] == 1e-3
+    assert "0.0005 (0.001 up to step 2)" in (run / "report.html").read_text()
+    # An earlier checkpoint is of the run before the change.
+    held = json.loads((run / "run.json").read_text())
+    assert held["grpo_config"]["learning_rate"] == 5e-4
+    assert as_of(held, 1)["grpo_config"]["learning_rate"] == 1e-3 and not as_of(held, 1)["changes"]
+    assert as_of(held, 4)["grpo_config"]["learning_rate"] == 5e-4
+
+
+def test_another_schedule_is_that_of_the_whole_run_from_there_on(place, run):
+    more = ["--lr_scheduler_type", "linear", "--max_steps", "4"]
+    assert main(["train", *words(place, run, "--resume", *more)]) == 0
+    logged = [record["learning_rate"] for record in read_metrics(run / "metrics.jsonl")]
+    assert logged == pytest.approx([1e-3, 1e-3, 1e-3 * 2 / 4, 1e-3 * 1 / 4])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seed", 7),
+        ("num_generations", 2),
+        ("per_device_train_batch_size", 8),
+        ("gradient_accumulation_steps", 2),
+        ("max_completion_length", 7),
+        ("loss_type", "grpo"),
+        ("num_iterations", 2),
+        ("bf16", True),
+        ("model_init_kwargs", '{"dtype": "float32"}'),
+        ("density", 0.5),
+        ("statistic", "l2"),
+        ("eval_prompts", 3),
+        ("state", "compact"),
+    ],
+)
+def test_what_makes_another_run_is_refused_by_name(place, run, option, value):
+    held = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"output_dir: .* holds another run, with {option} "):
+        opened(place, run, f"--{option}", value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == held
+
+
+def test_another_number_of_processes_is_another_run(place, run):
+    held = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", held | {"processes": 2})
+    with pytest.raises(ValueError, match="with processes 2 instead of 1"):
+        opened(place, run)
+
+
+def test_steps_that_have_been_taken_are_not_taken_back(place, run):
+    with pytest.raises(ValueError, match=r"max_steps: got 1, but the run in .* is at step 2"):
+        opened(place, run, "--max_steps", 1)
+
+
+def test_stages_stay_where_they_were(place, run):
+    held = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", held | {"length": None, "lengths": "420,500"})
+    given = [word for word in words(place, run, "--resume", "--lengths", "420,500") if "--length=" not in word]
+    with pytest.raises(ValueError, match="with max_steps 2 instead of 4"):
+        RunFolder(*parse([*given, "--max_steps", "4"]))
+
+
+@pytest.mark.parametrize("option", ["sync_ref_model", "use_adaptive_entropy"])
+def test_what_no_checkpoint_holds_is_refused(place, run, option):
+    with pytest.raises(ValueError, match=f"{option}: what it has done so far is in no checkpoint"):
+        opened(place, run, f"--{option}", "true", "--beta", 0.1)
+
+
+def test_every_option_that_may_change_is_one():
+    assert {*MAY_CHANGE} <= vars(parse(["--use_cpu", "true"])[1]).keys()
+
+
+def test_a_run_from_before_an_option_has_its_default(place, run):
+    held = json.loads((run / "run.json").read_text())
+    del held["moments"], held["grpo_config"]["top_k"], held["grpo_config"]["seed"]
+    write_json(run / "run.json", held)
+    opened(place, run)
+    with pytest.raises(ValueError, match="moments 'float32' instead of 'bfloat16'"):
+        opened(place, run, "--moments", "bfloat16")
+    with pytest.raises(ValueError, match="with seed 42 instead of 7"):
+        opened(place, run, "--seed", 7)
+
+
+def test_weights_alone_are_saved_if_asked_and_cannot_be_gone_on_with(place, tmp_path, refused):
+    assert main(["train", *words(place, tmp_path / "run", "--save_only_model", "true", "--save_total_limit", 1)]) == 0
+    assert [path.name for path in tmp_path.glob("run/checkpoint-*")] == ["checkpoint-2"]
+    message = refused("train", *words(place, tmp_path / "run", "--resume", "--save_total_limit", 1))
+    assert (
+        "checkpoint-2 has no optimizer state, learning rate schedule, random state, as with save_only_model" in message
+    )
+
+
+def test_completions_that_further_steps_are_on_are_kept(place, tmp_path):
+    more = ["--num_iterations", 2, "--max_steps", 4]
+    assert main(["train", *words(place, tmp_path / "whole", *more)]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for number in (2, 3, 4):
+        shutil.rmtree(tmp_path / "again" / f"checkpoint-{number}")
+    assert main(["train", *words(place, tmp_path / "again", "--resume", *more)]) == 0
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# One run, one folder
+
+
+HOLD = """
+import sys, time
+from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.folder import RunFolder
+folder = RunFolder(*parse(sys.argv[1:]))
+folder.own()
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_in_use_is_refused_and_taken_over_from_a_dead_process(place, run, refused):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, *words(place, run, "--resume")], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "holds\n"
+        message = refused("train", *words(place, run, "--resume"))
+        assert f"is in use by process {holder.pid} on {os.uname().nodename}, since 20" in message
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert opened(place, run).checkpoint == run / "checkpoint-2"
+
+
+def test_two_runs_cannot_begin_in_one_folder(place, tmp_path, refused):
+    first = RunFolder(*parse(words(place, tmp_path / "run")))
+    assert "is in use by another process" in refused("train", *words(place, tmp_path / "run"))
+    first.close()
+    assert not (tmp_path / "run").exists()
+
+
+# Full disks
+
+
+def in_little_room(run: Path, place: Path, largest: int, *more) -> subprocess.CompletedProcess:
+    """Runs a command whose files may not be larger: the system answers as it does when a disk is full."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    return subprocess.run(
+        [sys.executable, "-m", "longact_kernels.cli", "train", *words(place, run, *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NUMBA_CACHE_DIR": str(place / "numba")},
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("largest", [100_000, 300])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(place, run, largest):
+    done = in_little_room(run, place, largest, "--resume", "--max_steps", 4)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("longact train: error: cannot "), done.stderr
+    assert not (run / "checkpoint-3").exists()
+    assert flaw(run / "checkpoint-2", 1) is None
+    assert step_of(opened(place, run).checkpoint) == STEPS
+    assert not [path for path in run.iterdir() if path.name.startswith("tmp") or str(os.getpid()) in path.name]
