@@ -1,13 +1,17 @@
 """TRL's trainer with LongAct in it."""
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from longact_kernels import LongAct
 from longact_kernels.integrations.trl import LongActGRPOTrainer
@@ -150,3 +154,45 @@ def test_without_arguments_it_has_those_of_trl(tmp_path, monkeypatch):
     assert ours.args.to_dict() == theirs.args.to_dict()
     # Whoever takes it gets LongAct.
     assert ours.longact.layers and ours.longact.model is ours.model
+
+
+def sent_to_vllm(model):
+    """What TRL tells a vLLM server of the weights that come, and the weights by name."""
+    sent = []
+    generation = object.__new__(VLLMGeneration)
+    vars(generation).update(
+        model=model,
+        mode="server",
+        accelerator=SimpleNamespace(is_main_process=True, device="cpu"),
+        vllm_client=SimpleNamespace(
+            update_named_params=lambda metadata, params: sent.extend((metadata, dict(params))),
+            reset_prefix_cache=lambda: None,
+        ),
+        _weight_metadata=None,
+        _dist=SimpleNamespace(
+            is_fsdp=hasattr(model, "reshard"), fsdp_version=2, gather_params=lambda params: nullcontext()
+        ),
+    )
+    generation.sync_weights()
+    return sent
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_vllm_gets_the_names_and_weights_of_the_plain_model(tmp_path, sharded):
+    told, weights = sent_to_vllm(tiny.model())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = tiny.model()
+        longact = LongAct(model)
+        model(input_ids=torch.arange(2, 12)[None], labels=torch.arange(2, 12)[None]).loss.backward()
+        longact.advance()
+        model.zero_grad()
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        ours, sent = sent_to_vllm(model)
+        assert longact.sets and ours == told
+        assert all(torch.equal(weights[name], weight) for name, weight in sent.items())
+    finally:
+        torch.distributed.destroy_process_group()
