@@ -332,8 +332,9 @@ def _check_plain(path: str, module: nn.Module) -> bool:
             "first (model = model.merge_and_unload()), or train the adapter alone, without LongAct"
         )
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    # Falcon's subclass only writes the same product in another way.
-    if not transposed and type(module) is not nn.Linear and type(module).__name__ != "FalconLinear":
+    # A subclass may have more to it, but no other product; Falcon's only writes the same one in another way.
+    same = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+    if not transposed and not same:
         raise ValueError(
             f"model: {path} is a {kind}; needed a plain torch.nn.Linear. If the model is quantised, load it in "
             "bfloat16 or float32 instead"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from models import tiny_model
+from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct
 from longact_kernels.sparse.projections import find_projections
@@ -37,7 +37,8 @@ def test_no_projections_names_what_was_looked_for_and_what_is_there():
 
 def test_projections_that_are_no_plain_linear_are_refused():
     class Quantised(torch.nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x)
 
     model = tiny_model()
     attention = model.model.layers[1].self_attn
@@ -45,6 +46,19 @@ def test_projections_that_are_no_plain_linear_are_refused():
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_proj is a .*Quantised; needed a plain"):
         LongAct(model)
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_a_subclass_with_linears_forward_is_a_linear():
+    class Configured(torch.nn.Linear):
+        """As torchtitan's, which is built from a config."""
+
+    model = tiny_model()
+    model.model.layers[1].self_attn.k_proj = Configured(32, 20, bias=False)
+    longact = LongAct(model)
+    backward(model, tokens())
+    longact.advance()
+    assert len(longact.sets["model.layers.1.self_attn.k_proj"]) == 2 * 3
+    assert type(longact.restore().model.layers[1].self_attn.k_proj) is Configured
 
 
 def test_a_second_longact_on_a_model_is_refused():
