@@ -13,6 +13,10 @@ from models import tiny_model
 # The models are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
 
+# By default a GPU's library may add 16-bit products up in 16 bits; tests hold ours to sums in fp32.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
 # The same numbers at every run: a failure is one that anybody can repeat. Another seed asks whether they were lucky;
 # hypothesis then draws anew too (`--hypothesis-seed` repeats its examples).
 SEED = int(os.environ.get("LONGACT_TEST_SEED", "0"))

@@ -7,6 +7,8 @@ none.
 
 import contextlib
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import exact_interpreter  # noqa: F401
@@ -414,6 +416,29 @@ def test_weight_gradient_from_more_than_2_to_the_31_elements(axis):
     )
     error = (got if axis == "rows" else got.t()) - wanted
     assert error.abs().max() <= 2e-2 * wanted.abs().max()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="on a CPU tests/test_salient_wgrad.py has it")
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_packing_of_rows_more_than_2_to_the_31_elements_apart(axis):
+    """In a process of its own: an illegal access would spoil the tests that come after it."""
+    code = f"""
+import torch
+from longact_kernels.functional import salient_wgrad
+far = torch.empty_strided((3, 16), (2**30, 1), dtype=torch.bfloat16, device={DEVICE!r})
+far.copy_(torch.arange(48).view(3, 16))
+near, chosen = torch.ones(3, 8, dtype=torch.bfloat16, device=far.device), torch.tensor([1, 4, 15], device=far.device)
+pair = (far, near) if {axis!r} == "rows" else (near, far)
+got = salient_wgrad(*pair, chosen, {axis!r}, compact=True)
+sums = got[:, 0] if {axis!r} == "rows" else got[0]
+assert sums.tolist() == [51.0, 60.0, 93.0], sums
+"""
+    packs = "import longact_kernels.csrc_triton.salient_wgrad as kernels\nkernels.pays = lambda *sizes: True"
+    done = subprocess.run(
+        [sys.executable, "-c", packs * ON_GPU + code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_weight_gradient_of_more_than_2_to_the_31_elements():

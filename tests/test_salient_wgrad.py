@@ -167,6 +167,7 @@ def test_empty_slots_stay_zero_beside_nonfinite_numbers(axis):
         assert (lines != 0).any(1).nonzero().flatten().tolist() == rows[11:].tolist()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the product of such operands is the library's; tests/test_cuda.py")
 def test_more_than_two_to_the_31_elements_apart():
     """The third token begins 2³¹ elements after the first; memory in between is never touched."""
     dy, x = (torch.empty_strided((3, 16), (2**30, 1), dtype=torch.bfloat16, device=DEVICE) for _ in range(2))

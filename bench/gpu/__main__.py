@@ -34,14 +34,14 @@ class Plan(NamedTuple):
 
 
 STAGES = {
-    "facts": Plan(30, 1),
-    "compile": Plan(70, 2),
-    "tests": Plan(130, 3),
-    "cuda": Plan(130, 3, interpreted=True),
-    "sanitize": Plan(130, 3, interpreted=True),
+    "facts": Plan(20, 1),
+    "compile": Plan(50, 2),
+    "tests": Plan(115, 3),
+    "cuda": Plan(115, 3, interpreted=True),
+    "sanitize": Plan(115, 3, interpreted=True),
     "kernels": Plan(110, 4, interpreted=True),
     "steps": Plan(120, 5),
-    "tune": Plan(30, 6),
+    "tune": Plan(25, 6),
 }
 SECONDS = 455  # of all stages together
 PICTURES = 20  # seconds for drawing, at most
