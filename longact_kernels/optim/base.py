@@ -123,8 +123,7 @@ class SalientOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(longact.idle for longact in controllers) and all(group["lr"] == 0 for group in self.param_groups):
-            # How torch.distributed.checkpoint makes the state of a new optimizer, to load a saved one into it.
+        if any(longact.idle for longact in controllers) and self._only_makes_states():
             self._make_states(salient)
             return loss
         for longact in controllers:
@@ -154,6 +153,16 @@ class SalientOptimizer(Optimizer, ABC):
         ids = {id(p) for p in params_of(self.param_groups)}
         for longact in self._controllers(salient):
             longact.zero_grad(ids)
+
+    def _only_makes_states(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint makes a new optimizer's state, to load a saved one into it.
+
+        No rank that others wait for: at a learning rate of 0 one that was fed nothing may be in a true step.
+        """
+        params = [p for p in params_of(self.param_groups) if p.requires_grad]
+        return all(group["lr"] == 0 for group in self.param_groups) and not any(
+            p.grad is None or local(p.grad).any() for p in params
+        )
 
     # Split
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from longact_kernels.sparse import gradients
 from longact_kernels.sparse.flat import Flat
 from longact_kernels.sparse.layer import SalientLayer
-from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_sharded
+from longact_kernels.sparse.sharding import Ranks, is_sharded
+
+ANYWHERE = None  # the key, beside the layers' names, of whether ranks have put something there
 
 
 class CompactGradients:
@@ -21,13 +24,14 @@ class CompactGradients:
     Args:
         model: the model.
         layers: its layers with a salient set, by name.
+        ranks: whose gradients are averaged.
 
     Attributes:
-        flat: the accumulators by layer; None before there is a set.
+        flat: the accumulators by layer, and for each whether it holds anything; None before there is a set.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer]):
-        self.model, self.layers = model, layers
+    def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer], ranks: Ranks):
+        self.model, self.layers, self.ranks = model, layers, ranks
         self.flat: Flat | None = None
         self.reduced = False  # whether they are those of all ranks
         self.clipped = False  # whether they were clipped along with all others
@@ -60,7 +64,7 @@ class CompactGradients:
 
         Called in a step. With other ranks, DistributedDataParallel changes gradients after a backward too.
         """
-        if self.clipped or is_distributed():
+        if self.clipped or not self.ranks.alone:
             return
         for salient in (layer.salient for layer in self.layers.values()):
             if salient.has_grad and salient.passes.touched():
@@ -74,12 +78,12 @@ class CompactGradients:
 
     def _share_weights(self, *_: Any) -> None:
         """Gives all ranks the first one's weights, once, where DistributedDataParallel was told to ignore them."""
-        if self._shared or not is_distributed():
+        if self._shared or self.ranks.alone:
             return
         self._shared = True
         for layer in self.layers.values():
             if not is_sharded(layer.weight):
-                torch.distributed.broadcast(layer.weight.data, 0)
+                self.ranks.share(layer.weight.data)
 
     def place(self, device: torch.device) -> None:
         """Puts the accumulators on a device; tells layers where theirs are, and what gets a gradient beside them."""
@@ -97,10 +101,11 @@ class CompactGradients:
         """Has backward put the gradients of sets into accumulators from now on."""
         self.reduced = self.clipped = False
         if self.flat is None and any(layer.salient.chosen for layer in self.layers.values()):
-            shapes = {}
+            shapes: dict[str | None, list[int]] = {}
             for name, layer in self.layers.items():
                 shapes[name] = list(layer.weight.shape)
                 shapes[name][layer.salient.dim] = layer.salient.size
+            shapes[ANYWHERE] = [len(self.layers)]
             self.flat = Flat(shapes, next(iter(self.layers.values())).weight.device)
         if self.flat is not None:
             for name, layer in self.layers.items():
@@ -113,21 +118,36 @@ class CompactGradients:
 
     def reduce(self) -> None:
         """Averages the gradients of all ranks, once a step: those of weights that DistributedDataParallel ignores."""
-        if self.reduced or not is_distributed():
+        if self.reduced or self.ranks.alone:
             return
         self.reduced = True
-        grads = [layer.weight.grad for layer in self.layers.values() if layer.weight.grad is not None]
+        grads = self._dense()
+        sets = [layer.salient for layer in self.layers.values()]
         if self.flat is not None:
-            sets = [layer.salient for layer in self.layers.values()]
-            for salient in sets:
+            for layer in self.layers.values():
+                salient = layer.salient
                 if not salient.has_grad:
                     self.flat.parts[salient.name].zero_()
-            anywhere = torch.tensor([s.has_grad for s in sets], dtype=torch.int32, device=self.flat.buffer.device)
-            all_reduce(anywhere, "max")
-            if not all(salient.has_grad for salient in sets):
-                for salient, has_grad in zip(sets, anywhere.tolist(), strict=True):
-                    salient.has_grad = bool(has_grad)
+                    salient.has_grad = salient.active and layer.weight.grad is not None
+                gradients.compact_grad(layer)
+            self.flat.parts[ANYWHERE].copy_(torch.tensor([float(salient.has_grad) for salient in sets]))
             grads.append(self.flat.buffer)
         for grad in grads:
-            all_reduce(grad, "sum")
-            grad.div_(torch.distributed.get_world_size())
+            self.ranks.all_reduce(grad, "sum")
+            grad.div_(self.ranks.size)
+        if self.flat is not None and not all(salient.has_grad for salient in sets):
+            for salient, share in zip(sets, self.flat.parts[ANYWHERE].tolist(), strict=True):
+                salient.has_grad = share > 0
+
+    def _dense(self) -> list[Tensor]:
+        """The gradients of weights without a set, of which a rank may have none where others have one."""
+        layers = [layer for layer in self.layers.values() if not layer.salient.active]  # the same on all ranks
+        if not layers:
+            return []
+        anywhere = torch.tensor([float(layer.weight.grad is not None) for layer in layers])
+        anywhere = anywhere.to(layers[0].weight.device)
+        self.ranks.all_reduce(anywhere, "max")
+        reached = [layer.weight for layer, there in zip(layers, anywhere.tolist(), strict=True) if there]
+        for weight in reached:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return [weight.grad for weight in reached if weight.grad is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
@@ -25,9 +26,9 @@ from longact_kernels.sparse.registry import controllers, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
-from longact_kernels.sparse.sharding import all_reduce, is_distributed, is_sharded
+from longact_kernels.sparse.sharding import Ranks, is_sharded
 from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
-from longact_kernels.sparse.statistics import STATISTICS, Measured, Statistics
+from longact_kernels.sparse.statistics import STATISTICS, Statistics
 from longact_kernels.sparse.stock import Attached
 from longact_kernels.sparse.tokens import Call, tell_masks, tell_tokens
 from longact_kernels.warning import LongActWarning
@@ -44,6 +45,8 @@ class LongAct:
     Args:
         model: a causal language model; changed in place.
         config: the options, in place of `options`.
+        process_group: the ranks that train these layers together, and choose one set: a `ProcessGroup`, or a
+            `DeviceMesh`; all ranks if not given. Pipeline stages, and ranks with models of their own, need one each.
         options: the fields of `LongActConfig`, which says what they mean: `LongAct(model, density=0.3)`.
 
     Attributes:
@@ -58,7 +61,9 @@ class LongAct:
 
     config: LongActConfig
 
-    def __init__(self, model: nn.Module, config: LongActConfig | None = None, **options: Any):
+    def __init__(
+        self, model: nn.Module, config: LongActConfig | None = None, *, process_group: Any = None, **options: Any
+    ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, needed a torch.nn.Module")
         if config is not None and not isinstance(config, LongActConfig):
@@ -75,6 +80,7 @@ class LongAct:
         self.call = Call(self._call_begins, self.check_trains)
         self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
         self.watch = Watch(config.nonfinite)
+        self.ranks = Ranks(process_group)
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
@@ -86,11 +92,11 @@ class LongAct:
             groups, config.density, config.scope, config.strategy, config.threshold, config.seed, partners
         )
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
+        self._over = False  # whether they have all, since gradients have been zeroed
         self._masked = False  # whether its sets have been chosen, and its gradients masked
         self._bad: Tensor | None = None  # whether its activations are bad, on the device
         self._bad_dense: Tensor | None = None  # and its gradients that were masked, whose names are
         self._dense: list[str] = []
-        self._measured: Measured | None = None  # what the next sets are chosen from
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -98,6 +104,8 @@ class LongAct:
         except ValueError:
             self.restore()
             raise
+        same = dataclasses.replace(config, target_modules=None)
+        self.ranks.common = [repr(same), *(f"{s.name} with heads of {s.heads} channels" for s in self._sets())]
         register(self)
 
     @classmethod
@@ -198,7 +206,7 @@ class LongAct:
         self._undo += tell_masks(map(self.model.get_submodule, attentions), self.call)
         self._undo.append(TellingZeroGrad(self.model, self.zero_grad).undo)
         if config.grad == "compact":
-            self.compact = CompactGradients(self.model, self.layers)
+            self.compact = CompactGradients(self.model, self.layers, self.ranks)
             self._undo += self.compact.undo()
             self.compact.place(device)
 
@@ -278,9 +286,10 @@ class LongAct:
         for salient in dropped:
             salient.has_grad = False
             salient.passes.clear()
+        everything = len(dropped) == len(self.layers)
+        self._over = everything and bool(self._stepped)
         if self._stepped or not came:
             return  # they are in the statistics, as their gradients are in the weights
-        everything = len(dropped) == len(self.layers)
         for part in [None] if everything else [salient.segments for salient in dropped]:
             self._statistics.drop(part)
         if everything or not self.batch.present:
@@ -374,13 +383,16 @@ class LongAct:
                 the statistics then.
         """
         self._settle_device()
+        if self._over:  # as a rank that was fed nothing has to know, which has had no backward to tell
+            self.settle()
         self.batch.drop_zeroed()
         if self._masked or self._stepped:
             return
         layers = list(self.layers.values())
-        if not (self.batch.present or is_distributed() or any(layer.weight.grad is not None for layer in layers)):
+        alone = self.ranks.alone  # else all of them meet here, whatever each was fed
+        if alone and not self.batch.present and all(layer.weight.grad is None for layer in layers):
             return
-        if self.idle and not is_distributed():
+        if alone and self.idle:
             self._raise_idle()
         if not (self.batch.present or self.frozen or self._trains):
             warnings.warn(
@@ -392,6 +404,8 @@ class LongAct:
         self._masked = True
         if self.compact is not None:
             self.compact.reduce()
+        if not self.frozen:
+            self._statistics.join(self.ranks.all_reduce)
         if self.config.nonfinite != "off":
             flags = self._bad_layers()
             if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
@@ -406,7 +420,7 @@ class LongAct:
         if not any(among):
             return
         self._chosen.save()
-        measured = self._statistics.measure("batch", all_reduce)
+        measured = self._statistics.measure("batch")
         self._chosen.choose(measured, self._steps, None if all(among) else among, self._bad)
         outside = self._chosen.outside()
         for layer, dense in zip(layers, among, strict=True):
@@ -443,10 +457,8 @@ class LongAct:
         )
 
     def _bad_layers(self) -> Tensor:
-        """Bool [layers]: whether the batch has NaN or Inf activations, on any rank."""
-        flags = self._chosen.by_layer(self._statistics.bad()).float()
-        all_reduce(flags, "max")
-        return flags > 0
+        """Bool [layers]: whether the joined batch has NaN or Inf activations."""
+        return self._chosen.by_layer(self._statistics.bad())
 
     def _names(self, layer: int) -> str:
         return f"the activations of {list(self.layers)[layer]}"
@@ -475,7 +487,7 @@ class LongAct:
         found = gradients.nonfinite(grads) if grads else torch.zeros(0, dtype=torch.bool, device=device)
         if any(map(is_sharded, grads)):
             shared = found.int()
-            all_reduce(shared, "max")
+            self.ranks.all_reduce(shared, "max")
             found = shared > 0
         names = []
         if grads and self._bad_dense is not None:
@@ -504,6 +516,8 @@ class LongAct:
             bad: a flag that the step has changed nothing, if it may be so.
         """
         first = not self._stepped
+        if first and not (self._masked or self.frozen):
+            self._statistics.join(self.ranks.all_reduce)
         if first and bad is not None:
             self._chosen.take_back(bad)
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
@@ -520,8 +534,6 @@ class LongAct:
         self._stepped.append(weakref.ref(self if optimizer is None else optimizer))
         if first:
             self._checked = False
-            if self.config.selection == "lagged" and due:
-                self._measured = self._measured_period()
             self.batch.clear()
             self._chosen.forget()
             for salient in self._sets():
@@ -538,15 +550,6 @@ class LongAct:
         self.end_step(None, self._bad)
         self.settle()
 
-    def _measured_period(self) -> Measured:
-        """What the refresh period has measured on all ranks; begins another.
-
-        Ranks meet here, in a step, which all of them take; who asks for sets afterwards may be one of them alone.
-        """
-        measured = self._statistics.measure("period", all_reduce)
-        self._statistics.period.buffer.zero_()
-        return measured
-
     @property
     def _due(self) -> bool:
         """Whether the sets are to be chosen anew after the step under way."""
@@ -558,15 +561,20 @@ class LongAct:
         self._settle_device()
         if not self._stepped:
             return
-        self._stepped = []
+        self._stepped, self._over = [], False
+        due = self._due
         self._steps += 1
         self._masked = False
         self._bad = self._bad_dense = None
-        if self._measured is not None:
-            self._chosen.choose(self._measured, self._steps)
-            self._measured = None
+        if self.config.selection == "lagged" and due:
+            self._choose_by_period()
         if self.compact is not None:
             self.compact.begin_step()
+
+    def _choose_by_period(self, bad: Tensor | None = None) -> None:
+        """Chooses the sets from the refresh period, unless a flag says that it is bad, and begins another."""
+        self._chosen.choose(self._statistics.measure("period"), self._steps, bad=bad)
+        self._statistics.period.buffer.zero_()
 
     def refresh(self) -> None:
         """Chooses every layer's salient set now, from the statistics since the last refresh, and starts them anew.
@@ -576,15 +584,16 @@ class LongAct:
             FloatingPointError: for NaN or Inf activations, if `nonfinite` is "error".
         """
         self.settle()
-        if self.idle and not is_distributed():
+        if self.ranks.alone and self.idle:
             self._raise_idle("refresh()")
+        self._statistics.join(self.ranks.all_reduce)
         flags = self._bad_layers()
         if self.config.nonfinite == "error" and flags.any():
             self.drop()
             self.watch.post(flags, self._names, self._steps + 1)
         self._bad = None if self.config.nonfinite == "off" else flags.any()
         self._statistics.commit(self._bad)
-        self._chosen.choose(self._measured_period(), self._steps, bad=self._bad)
+        self._choose_by_period(self._bad)
         self._bad = None
         for salient in self._sets():
             salient.active = salient.chosen and self.config.selection == "lagged"

@@ -1,21 +1,84 @@
 """Ranks, and weights whose rows are spread over them (FSDP2's DTensors): what of a salient set lies here."""
 
+from __future__ import annotations
+
+import hashlib
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+class Ranks:
+    """The ranks that train the same layers together, and meet in collectives.
 
+    Args:
+        group: a `ProcessGroup`, or a `DeviceMesh` for all ranks of its own; None for all that there are.
 
-def all_reduce(tensor: Tensor, join: str) -> None:
-    """Joins a tensor over all ranks in place, "max" or "sum"; nothing where there are no others."""
-    if is_distributed():
-        op = torch.distributed.ReduceOp.MAX if join == "max" else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(tensor, op)
+    Attributes:
+        common: what they must all have in common, compared before they first meet; None for nothing.
+
+    Raises:
+        TypeError: for a group of another kind, such as one that this rank is not in.
+    """
+
+    def __init__(self, group: Any = None):
+        if hasattr(group, "get_group"):
+            group = (group if group.ndim == 1 else group._flatten()).get_group()
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group: got {group!r}, needed a torch.distributed.ProcessGroup that this rank is in, or a "
+                "DeviceMesh"
+            )
+        self.group = group
+        self.common: list[str] | None = None
+
+    @property
+    def size(self) -> int:
+        there = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self.group) if there else 1
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def all_reduce(self, tensor: Tensor, join: str) -> None:
+        """Joins a tensor over the ranks in place, "max" or "sum"; nothing where there are no others."""
+        if not self.alone:
+            self._compare(tensor.device)
+            op = dist.ReduceOp.MAX if join == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(tensor, op, self.group)
+
+    def share(self, tensor: Tensor) -> None:
+        """Gives all of them the first one's values."""
+        if not self.alone:
+            self._compare(tensor.device)
+            dist.broadcast(tensor, group=self.group, group_src=0)
+
+    def _compare(self, device: torch.device) -> None:
+        """Raises RuntimeError, on every rank, if they have not in common what they must."""
+        common, self.common = self.common, None
+        if common is None:
+            return
+        digest = int.from_bytes(hashlib.sha256("\n".join(common).encode()).digest()[:7])
+        bounds = torch.tensor([digest, -digest], device=device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, self.group)
+        if bounds[0] == -bounds[1]:
+            return
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, common, self.group)
+        other = next(i for i, theirs in enumerate(said) if theirs != said[0])
+        one, two = next(both for both in itertools.zip_longest(said[0], said[other]) if both[0] != both[1])
+        raise RuntimeError(
+            f"process_group: its {self.size} ranks do not train the same layers in the same way: rank 0 has {one}, "
+            f"rank {other} has {two}; give those that do (not other pipeline stages, nor ranks with a model of their "
+            "own) a group: LongAct(model, process_group=...)"
+        )
+
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        return self  # a group cannot be copied, and is the copy's too
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -120,9 +120,10 @@ class Measured:
 
 
 class Statistics:
-    """Running statistics of all layers, of the batch under way and of the refresh period before it.
+    """Running statistics of all layers: of this rank's batch, of that of all ranks, and of the refresh period before.
 
-    Each has one flat buffer: one all-reduce and one reset serve all layers.
+    Each has one flat buffer: one all-reduce and one reset serve all layers. The period is the same on every rank, so
+    that any of them can save it.
 
     Args:
         statistic: what is measured.
@@ -139,7 +140,7 @@ class Statistics:
             for field, per in statistic.fields.items()
             for segment, size in enumerate(sizes)
         }
-        self.batch, self.period = Flat(shapes, device), Flat(shapes, device)
+        self.batch, self.joined, self.period = (Flat(shapes, device) for _ in range(3))
         self.sizes = torch.tensor(sizes)
         self.source = source
         self._waiting: list[Waiting] = []
@@ -152,7 +153,7 @@ class Statistics:
 
     def move(self, device: torch.device) -> None:
         self.merge_waiting()
-        for flat in (self.batch, self.period):
+        for flat in (self.batch, self.joined, self.period):
             flat.move(device)
         self.sizes = self.sizes.to(device) if device.type != "meta" else self.sizes
         self.source = self.source if self.source is None or device.type == "meta" else self.source.to(device)
@@ -172,44 +173,44 @@ class Statistics:
         self.statistic.merge_all_(self._waiting)
         self._waiting.clear()
 
-    def commit(self, bad: Tensor | None) -> None:
-        """Makes the batch part of the period, unless the flag says that its numbers are bad, and starts another."""
+    def join(self, all_reduce: Callable[[Tensor, str], None]) -> None:
+        """Takes the batch over all ranks; what comes after it counts with the next one.
+
+        Args:
+            all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
+        """
         self.merge_waiting()
-        batch, period = self.batch.buffer, self.period.buffer
-        if bad is not None:
-            batch.masked_fill_(bad != 0, 0)
-        if self.statistic.join == "max":
-            torch.maximum(period, batch, out=period)
-        else:
-            period.add_(batch)
+        batch, joined = self.batch.buffer, self.joined.buffer
+        joined.copy_(batch)
         batch.zero_()
+        # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
+        all_reduce(joined.view(torch.int32) if self.statistic.join == "max" else joined, self.statistic.join)
+
+    def commit(self, bad: Tensor | None) -> None:
+        """Makes the joined batch part of the period, unless the flag says that its numbers are bad."""
+        joined, period = self.joined.buffer, self.period.buffer
+        if bad is not None:
+            joined.masked_fill_(bad != 0, 0)
+        if self.statistic.join == "max":
+            torch.maximum(period, joined, out=period)
+        else:
+            period.add_(joined)
+        joined.zero_()
 
     def drop(self, segments: slice | None = None) -> None:
         """Forgets the batch: all of it, or that of some segments."""
         self.merge_waiting()
-        if segments is None:
-            self.batch.buffer.zero_()
-            return
-        for field in self.statistic.fields:
-            for segment in range(segments.start, segments.stop):
-                self.batch.parts[field, segment].zero_()
+        for flat in (self.batch, self.joined):
+            if segments is None:
+                flat.buffer.zero_()
+                continue
+            for field in self.statistic.fields:
+                for segment in range(segments.start, segments.stop):
+                    flat.parts[field, segment].zero_()
 
-    def measure(self, of: Literal["batch", "period"], all_reduce: Callable[[Tensor, str], None]) -> Measured:
-        """The magnitude of all layers' channels, over all ranks.
-
-        Args:
-            of: the batch under way, or the period.
-            all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
-        """
-        self.merge_waiting()
-        flat = self.batch if of == "batch" else self.period
-        # A copy: a rank's own numbers stay its own, to be joined again.
-        buffer = flat.buffer.clone()
-        if self.statistic.join == "max":
-            # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
-            all_reduce(buffer.view(torch.int32), "max")
-        else:
-            all_reduce(buffer, "sum")
+    def measure(self, of: Literal["batch", "period"]) -> Measured:
+        """The magnitude of all layers' channels over all ranks, in the joined batch or the period; a view of them."""
+        buffer = (self.joined if of == "batch" else self.period).buffer
         widths = [self.channels if per == "channel" else self.segments for per in self.statistic.fields.values()]
         kept = dict(zip(self.statistic.fields, buffer.split(widths), strict=True))
         value = self.statistic.value(kept, self._spread)
@@ -218,10 +219,8 @@ class Statistics:
         return Measured(value if self.source is None else value[self.source], fed)
 
     def bad(self) -> Tensor:
-        """Bool [segments]: whether the batch has brought a NaN or Inf, on this rank."""
-        self.merge_waiting()
-        first = self.batch.buffer[: self.channels]
-        return self._any(~first.isfinite())
+        """Bool [segments]: whether the joined batch has a NaN or Inf."""
+        return self._any(~self.joined.buffer[: self.channels].isfinite())
 
     def _any(self, of_channels: Tensor) -> Tensor:
         """Bool [segments], whether any of a segment's channels is true."""

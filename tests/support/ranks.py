@@ -50,5 +50,5 @@ def on_ranks(nprocs: int, function: Callable, *args: Any) -> list[Any]:
             torch.multiprocessing.start_processes(_rank, given, nprocs=nprocs, start_method="forkserver")
         except Exception as error:
             said = "\n".join(f"rank {path.stem}: {path.read_text()}" for path in sorted(Path(folder).glob("*.txt")))
-            raise AssertionError(said or str(error)) from None
+            raise AssertionError(f"{error}\n{said}") from None
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(nprocs)]
