@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench docs gpu clean
 
 demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 5 minutes on 2 cores
 	$(BIN)/longact train --config configs/demo.yaml
@@ -18,11 +18,14 @@ lint: .venv/.dev  ## what pre-commit and CI check
 bench: .venv/.bench  ## benchmarks beside the peers; ARGS=--full for more
 	$(BIN)/python -m bench $(ARGS)
 
+docs: .venv/.docs  ## the documentation site, in build/docs; warnings and dead links are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
 gpu:  ## on a GPU, with its own Python and no installation: tests, sanitizers, measured times beside the predicted ones
 	$(PYTHON) -m bench.gpu --out runs/gpu $(ARGS)
 
 # One stamp for each set of packages; a later set contains the earlier ones.
-.venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+.venv/.demo .venv/.test .venv/.bench .venv/.docs .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing longact_kernels[$*] into .venv (minutes, the first time)"
 	@$(INSTALL) -e ".[$*]"

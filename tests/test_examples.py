@@ -1,4 +1,4 @@
-"""The scripts in examples/ and the code in docs/loops.md run as they stand, on a tiny model."""
+"""The scripts in examples/ and the code in docs/loops.md run as they stand on a tiny model, the notebook on SmolLM2."""
 
 import re
 import runpy
@@ -80,6 +80,17 @@ def test_massive_values(run):
 
 def test_functional_kernels(run):
     assert run("functional_kernels.py") == "152 of 512 rows moved, just the salient ones: True\n"
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="needs the extra `docs`")
+    notebook = pytest.importorskip("nbformat").read(EXAMPLES / "getting_started.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum(bool(cell.outputs) for cell in code) >= 5  # it is kept with what it prints
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": tmp_path}}).execute()
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "state of the query and key weights" in printed and "0.31 of dense" in printed
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The tables of LongAct's options in README.md and docs/options.md; `python tests/test_options.py` writes them."""
+"""The tables of LongAct's options in docs/options.md; `python tests/test_options.py` writes them."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import pytest
 
 from longact_kernels.sparse.config import fields
 
-ROOT = Path(__file__).parent.parent
-PLACES = [("README.md", False), ("docs/options.md", False), ("docs/options.md", True)]
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
 
 def table(experimental: bool) -> str:
@@ -20,14 +19,14 @@ def marks(experimental: bool) -> tuple[str, str]:
     return f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
 
 
-@pytest.mark.parametrize(("page", "experimental"), PLACES)
-def test_the_tables_are_those_of_the_config(page, experimental):
+@pytest.mark.parametrize("experimental", [False, True])
+def test_the_tables_are_those_of_the_config(experimental):
     begin, end = marks(experimental)
-    assert begin + table(experimental) + end in (ROOT / page).read_text(), "run python tests/test_options.py"
+    assert begin + table(experimental) + end in PAGE.read_text(), "run python tests/test_options.py"
 
 
 if __name__ == "__main__":
-    for page, experimental in PLACES:
+    for experimental in (False, True):
         begin, end = marks(experimental)
-        before, _, rest = (ROOT / page).read_text().partition(begin)
-        (ROOT / page).write_text(before + begin + table(experimental) + end + rest.partition(end)[2])
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(before + begin + table(experimental) + end + rest.partition(end)[2])

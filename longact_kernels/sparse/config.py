@@ -44,94 +44,92 @@ class LongActConfig:
         ValueError: a value is out of range, or two do not go together; the message names the field.
     """
 
-    density: float = field(default=0.3, metadata=about("Share of the channels that are salient, above 0 and up to 1."))
+    density: float = field(default=0.3, metadata=about("The share of channels that are salient, above 0 and up to 1."))
     statistic: Statistic = field(
         default="absmax",
         metadata=about(
-            "How a channel's magnitude is measured: absmax, the largest over all tokens; or l2, the mean over "
-            "sequences of the L2 norm (the paper's).",
+            "The magnitude of a channel: absmax, the largest absolute value over all tokens; or l2, the mean over "
+            "sequences of the L2 norm over tokens (the paper's).",
         ),
     )
     scope: Scope | None = field(
         default=None,
         metadata=about(
-            "What channels compete with: those of their head (the paper), of their layer, or of the whole model, where "
-            "no layer gets more than twice its share. By default head, and layer along columns.",
+            "Which channels compete with one another: those of a head (the paper's), of a layer, or of the whole "
+            "model, where no layer gets more than twice its share. Default: head for rows, layer for columns.",
         ),
     )
     selection: When = field(
         default="lagged",
         metadata=about(
-            "lagged: the batches before a step choose its set, so that backward computes the salient channels only; "
-            "current (the paper): the step's own batch chooses it, after a dense backward.",
+            "lagged: earlier batches choose the set of a step, so that backward computes the salient channels only; "
+            "current (the paper's): the step's own batch chooses it, after a dense backward.",
         ),
     )
     axis: Axis = field(
         default="rows",
         metadata=about(
-            "What a channel is: rows of the weight, output channels (the paper), or columns, input channels."
+            "rows: channels are rows of the weight, output channels (the paper's); columns: input channels."
         ),
     )
     target_modules: TargetModules | None = field(
         default=None,
         metadata=about(
-            "Layers to train sparsely in place of those found: name endings, a regular expression, or a function of "
-            "path and module.",
+            "Layers to train sparsely instead of the query and key projections: name endings, a regular expression, "
+            "or a function of path and module.",
         ),
     )
-    refresh_every: int = field(default=1, metadata=about("Optimizer steps between two choices of the set."))
+    refresh_every: int = field(default=1, metadata=about("Choose the sets anew every so many optimizer steps."))
     grad: Grad = field(
         default="full",
         metadata=about(
-            "full: gradients have the weight's shape; compact: fp32 sums of the salient channels alone, outside "
-            "weight.grad, for SalientAdamW.",
+            "full: gradients have the shape of the weight; compact: fp32 gradients of the salient channels only, kept "
+            "outside weight.grad, for SalientAdamW.",
         ),
     )
     nonfinite: Nonfinite = field(
         default="error",
         metadata=about(
-            "NaN or Inf in activations or gradients: the step changes nothing, and error raises, skip goes on and "
-            "counts it; off does not look.",
+            "What to do about NaN or Inf in activations or gradients. error: the step changes nothing and raises; "
+            "skip: the step changes nothing and is counted; off: nothing is checked.",
         ),
     )
     strategy: Strategy = field(
         default="top",
         metadata=about(
-            "Which channels are taken: top, the largest magnitudes; bottom, the smallest, or random, for comparison; "
-            "threshold, those of top above a multiple of their layer's mean.",
+            "Which channels are salient: top, those of largest magnitude; bottom or random, for comparison; threshold, "
+            "those of top that are above a multiple of the layer's mean.",
             experimental=True,
         ),
     )
     threshold: float = field(
-        default=1.0, metadata=about("Of strategy threshold: the multiple of the layer's mean.", experimental=True)
+        default=1.0, metadata=about("For strategy threshold: the multiple of the layer's mean.", experimental=True)
     )
-    seed: int = field(
-        default=0, metadata=about("Of strategy random: the same seed draws the same sets.", experimental=True)
-    )
+    seed: int = field(default=0, metadata=about("For strategy random: the seed of the sets.", experimental=True))
     ema: float = field(
         default=0.0,
         metadata=about(
-            "Weight of the magnitudes before at a refresh, from 0 up to but not including 1.", experimental=True
+            "Moving average of magnitudes over refreshes: the weight of the past, at least 0 and below 1.",
+            experimental=True,
         ),
     )
     freeze_after: int | None = field(
         default=None,
         metadata=about(
-            "Optimizer steps after which the sets stay and nothing is measured; never by default.", experimental=True
+            "Keep the sets, and stop measuring, after so many optimizer steps. Default: never.", experimental=True
         ),
     )
     site: Site = field(
         default="projection",
         metadata=about(
-            "Where magnitudes are measured: at the projection (the paper), after its norm, or after rope.",
+            "Where magnitudes are measured: at the output of the projection (the paper's), after its norm, or after "
+            "rope.",
             experimental=True,
         ),
     )
     pair_rope: bool = field(
         default=False,
-        metadata=about(
-            "Keep the two channels of a rotary pair together; a set holds half as many pairs.", experimental=True
-        ),
+        metadata=about("Choose the two channels of a rotary pair together.", experimental=True),
     )
 
     def __post_init__(self) -> None:

@@ -163,17 +163,18 @@ def table() -> str:
     unbuilt = [f"| `{family}` | {CLASSES[family]} | {UNBUILT[family]} |" for family in sorted(UNBUILT)]
     return "\n".join(
         [
-            f"{len(works)} families work. The layers taken, and what their output channels are: q, k, - dense.",
-            "Where the last column says why, gradients could not tell all heads apart: names and sizes alone decide.\n",
-            "| `model_type` | class | layers | why |",
+            f"{len(works)} families work. The third column has their layers and what the output channels are: "
+            "q query, k key, - dense.",
+            "Where there is a note, gradients cannot tell all heads apart, and only names and sizes decide.\n",
+            "| `model_type` | class | layers | note |",
             "|---|---|---|---|",
             *works,
             f"\n{len(refused)} are refused with a clear error:\n",
-            "| `model_type` | class | it |",
+            "| `model_type` | class | reason |",
             "|---|---|---|",
             *refused,
-            f"\n{len(unbuilt)} could not be tried:\n",
-            "| `model_type` | class | it |",
+            f"\n{len(unbuilt)} could not be tested:\n",
+            "| `model_type` | class | reason |",
             "|---|---|---|",
             *unbuilt,
         ]
