@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import requires
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from longact_kernels.warning import LongActWarning
@@ -128,6 +129,19 @@ def requirements(extra: str) -> list[str]:
             own = name.replace("-", "_") == "longact_kernels"
             found += [one for other in others.split(",") for one in requirements(other)] if own else [package]
     return found
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does: while something is imported it ends the process, since libraries make other errors of it there.
+
+    Raises:
+        KeyboardInterrupt: at any other time.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:
