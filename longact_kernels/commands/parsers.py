@@ -14,6 +14,7 @@ COMMANDS = {
         "eval.command",
         "score a model, two models or a training run on long-context tasks (lm-evaluation-harness)",
     ),
+    "compare": ("compare.command", "put training runs side by side on one page"),
     "inspect": ("inspect.command", "measure a model's query and key channels, and how much its salient sets agree"),
     "perturb": ("perturb.command", "clamp query and key channels to their mean, and measure what the model loses"),
     "study": ("study.command", "train several variants over several seeds, and compare them"),

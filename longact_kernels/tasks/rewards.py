@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from longact_kernels.integrations.prompts import message_text
+
 Reward = Callable[..., Sequence[float | None]]
 
 
 def completion_text(completion: str | list[dict[str, str]]) -> str:
     """The text of a completion, given as a string or as a list of chat messages."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+    return completion if isinstance(completion, str) else "".join(map(message_text, completion))
 
 
 def string_match(completions: list, answers: list[list[str]], **_) -> list[float]:

@@ -53,16 +53,16 @@ def test_a_run_leaves_all_that_was_promised(run):
     assert summary["accuracy"]["prompts"] == 3
     assert summary["grpo_config"]["max_steps"] == 2
     assert summary["versions"]["torch"]
-    for picture in ("reward", "churn", "saliency"):
+    for picture in ("reward", "training", "churn", "saliency"):
         assert (run / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "checkpoint-2" / "optimizer.pt").is_file()
 
 
 def test_the_report_needs_nothing_but_itself(run):
     page = (run / "report.html").read_text()
-    assert page.count("<picture>") == 3 == page.count("prefers-color-scheme: dark)' srcset")
+    assert page.count("<picture>") == 4 == page.count("prefers-color-scheme: dark)' srcset")
     sources = re.findall(r"(?:src|srcset|href)='([^']*)'", page)
-    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 8 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert "width=device-width" in page
 
 

@@ -1,8 +1,9 @@
-"""The pages of a run and of a study as a phone shows them: self-contained, light and dark, none wider than it."""
+"""All pages as a phone shows them: self-contained, light and dark, none wider than it."""
 
 import re
 import shutil
 import subprocess
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from longact_kernels.cli import main
+from longact_kernels.commands.eval.compare import compare
+from longact_kernels.commands.eval.report import comparison_rows, draw_scores, write_page
+from longact_kernels.commands.eval.results import Cell
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.report import write_results
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PHONE = 390  # CSS pixels
+PHONE = 375  # CSS pixels
 STUDY = Path(__file__).parents[2] / "configs" / "study" / "recall.yaml"
 
 
@@ -44,7 +48,28 @@ def report_of_a_study(root: Path) -> Path:
     return root / "report.html"
 
 
-@pytest.fixture(scope="module", params=[report_of_a_run, report_of_a_study])
+def report_of_an_evaluation(root: Path) -> Path:
+    tasks, rng = [f"task_{i}" for i in range(6)], np.random.default_rng(0)
+    cells = [
+        Cell(task, length, "m", [{"document": str(i), "score": float(rng.random() < 0.4)} for i in range(20)])
+        for task in tasks
+        for length in (1024, 4096)
+    ]
+    rows = comparison_rows(compare(cells, cells))
+    return write_page(root, "scores", "a <model>", "scores", rows, ["a note"], partial(draw_scores, "a", cells))[0]
+
+
+def report_of_runs(root: Path) -> Path:
+    """Two runs side by side, one of which has not finished."""
+    run = report_of_a_run(root).parent
+    shutil.copytree(run, root / "other")
+    (root / "other" / "summary.json").unlink()
+    (root / "other" / "run.json").write_text((run / "run.json").read_text().replace('"density": 0.3', '"density": 0.5'))
+    assert main(["compare", str(run), str(root / "other"), "--output", str(root / "compare.html")]) == 0
+    return root / "compare.html"
+
+
+@pytest.fixture(scope="module", params=[report_of_a_run, report_of_a_study, report_of_an_evaluation, report_of_runs])
 def report(request, tmp_path_factory) -> Path:
     return request.param(tmp_path_factory.mktemp("page"))
 
@@ -65,7 +90,7 @@ def test_a_study_says_all_that_its_runs_share(tmp_path):
     page = report_of_a_study(tmp_path).read_text()
     # Pretraining has a learning rate of its own.
     for option, value in (("learning_rate", 0.0005), ("base: learning_rate", 0.005), ("torch", "1.0, 2.0, 3.0")):
-        assert f"<td>{option}</td><td>{value}</td>" in page
+        assert f"<td>{option}</td><td><span class=number>{value}</span></td>" in page
 
 
 def browser(*arguments: object) -> str:
@@ -84,14 +109,15 @@ def test_page_on_a_phone(report, dark, tmp_path):
         f"<iframe id=phone width={PHONE} height=3000 style='border:0' src='{report.as_uri()}'></iframe><p id=said></p>"
         "<script>phone.onload = () => { const root = phone.contentDocument.documentElement;"
         "const all = (selector, size) => [...root.querySelectorAll(selector)].map(one => one[size]);"
-        "const picture = Math.min(999, ...all('.scores img, .curves img', 'offsetWidth'));"
+        "const picture = Math.min(999, ...all('.wide img', 'offsetWidth'));"
         "const number = Math.max(0, ...all('.numbers td', 'offsetHeight'));"
-        "said.textContent = `said ${root.scrollWidth} ${root.scrollHeight} ${picture} ${number}.` }</script>"
+        "const height = root.querySelector('body').offsetHeight;"
+        "said.textContent = `said ${root.scrollWidth} ${height} ${picture} ${number}.` }</script>"
     )
     colours = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     said = re.search(r"said (\d+) (\d+) (\d+) (\d+)\.", browser(colours, "--dump-dom", frame))
     width, height, picture, number = map(int, said.groups())
-    assert width <= PHONE and height > 1000
+    assert width <= PHONE and height > 500
     # Pictures of a study are 8 inches wide: at this width letters of 11 points are 11 pixels high.
     assert picture >= 8 * 72
     # Numbers stand on a single line.

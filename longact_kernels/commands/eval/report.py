@@ -1,16 +1,18 @@
 """What the user sees of an evaluation: tables on the screen, and pictures with lengths across and tasks down."""
 
+from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from longact_kernels.commands.eval.compare import Difference
 from longact_kernels.commands.eval.results import Cell
-from longact_kernels.sparse.figures import LIGHT
+from longact_kernels.commands.files import write_whole
+from longact_kernels.commands.page import both_styles, document, picture, table
 
 MEAN = "mean of the tasks"
 
@@ -24,20 +26,29 @@ def lengths_of(cells: list[Cell]) -> list[int | None]:
     return sorted({cell.length for cell in cells}, key=lambda length: (length is None, length or 0))
 
 
-def score_table(cells: list[Cell]) -> Table:
-    """Scores in percent, with their standard errors."""
-    table = Table("task")
+def score_rows(cells: list[Cell]) -> list[list[str]]:
+    """Scores in percent with their standard errors, a row for each task; the first row has the headings."""
     lengths = lengths_of(cells)
-    for length in lengths:
-        table.add_column(heading(length), justify="right")
     by_place = {(cell.task, cell.length): cell for cell in cells}
+    rows = [["task", *map(heading, lengths)]]
     for task in dict.fromkeys(cell.task for cell in cells):
-        table.add_row(task, *(shown(by_place.get((task, length))) for length in lengths))
+        rows.append([task, *(shown(by_place.get((task, length))) for length in lengths)])
     means = [[cell.score for cell in cells if cell.length == length and not cell.skipped] for length in lengths]
     if any(len(scores) > 1 for scores in means):
-        table.add_section()
-        table.add_row(MEAN, *(f"{100 * mean(scores):.1f} ({len(scores)})" if scores else "-" for scores in means))
-    return table
+        rows.append([MEAN, *(f"{100 * mean(scores):.1f} ({len(scores)})" if scores else "-" for scores in means)])
+    return rows
+
+
+def as_table(rows: list[list[str]]) -> Table:
+    """A table for the screen; the means below a line."""
+    made = Table(rows[0][0])
+    for name in rows[0][1:]:
+        made.add_column(name, justify="right")
+    for row in rows[1:]:
+        if row[0] == MEAN:
+            made.add_section()
+        made.add_row(*row)
+    return made
 
 
 def shown(cell: Cell | None) -> str:
@@ -71,37 +82,50 @@ def remarks(cells: list[Cell]) -> list[str]:
     return lines
 
 
-def comparison_table(differences: list[Difference]) -> Table:
-    """Scores of both models in percent, and their difference with its confidence interval."""
-    table = Table("task")
-    for name in ("length", "A", "B", "B - A", "95% interval", "documents"):
-        table.add_column(name, justify="right")
+def comparison_rows(differences: list[Difference]) -> list[list[str]]:
+    """Scores of both models in percent, and their difference with its confidence interval; headings first.
+
+    A difference whose interval is on one side of 0 has a star.
+    """
+    rows = [["task", "length", "A", "B", "B - A", "95% interval", "documents"]]
     for row in differences:
-        if row.task is None:
-            table.add_section()
         certain = row.low > 0 or row.high < 0
-        table.add_row(
-            row.task or MEAN,
-            heading(row.length),
-            f"{100 * row.a:.1f}",
-            f"{100 * row.b:.1f}",
-            f"{100 * row.difference:+.1f}",
-            "-" if np.isnan(row.low) else f"{100 * row.low:+.1f} … {100 * row.high:+.1f}",
-            str(row.samples),
-            style="bold" if certain else None,
+        rows.append(
+            [
+                row.task or MEAN,
+                heading(row.length),
+                f"{100 * row.a:.1f}",
+                f"{100 * row.b:.1f}",
+                f"{100 * row.difference:+.1f}{'*' if certain else ''}",
+                "-" if np.isnan(row.low) else f"{100 * row.low:+.1f} … {100 * row.high:+.1f}",
+                str(row.samples),
+            ]
         )
-    return table
+    return rows
 
 
-def draw_scores(path: Path, title: str, cells: list[Cell]) -> None:
+def write_page(
+    folder: Path, name: str, title: str, about: str, rows: list[list[str]], notes: list[str], draw: Callable[[], Figure]
+) -> list[Path]:
+    """Writes a picture and `report.html` with it, the table and what there is to note; returns their paths."""
+    [(light, dark)] = both_styles(lambda: [(name, draw())]).values()
+    body = [[escape(cell) for cell in row] for row in rows]
+    parts = [table(body[0], body[1:], "numbers"), picture(name, "The same as a picture", light, dark)]
+    parts += ["<h2>Notes</h2><ul>", *(f"<li>{escape(note)}</li>" for note in notes), "</ul>"] if notes else []
+    write_whole(folder / f"{name}.png", light)
+    write_whole(folder / "report.html", document(title, about, *parts))
+    return [folder / "report.html", folder / f"{name}.png"]
+
+
+def draw_scores(title: str, cells: list[Cell]) -> Figure:
     """A heat map of the scores."""
     values = {(cell.task, cell.length): 100 * cell.score for cell in cells if not cell.skipped}
     texts = {(cell.task, cell.length): "-" if cell.skipped else f"{100 * cell.score:.0f}" for cell in cells}
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    heat_map(path, title, tasks, lengths_of(cells), values, texts, "score in percent", "viridis", (0, 100))
+    return heat_map(title, tasks, lengths_of(cells), values, texts, "score in percent", "viridis", (0, 100))
 
 
-def draw_comparison(path: Path, a: str, b: str, differences: list[Difference]) -> None:
+def draw_comparison(a: str, b: str, differences: list[Difference]) -> Figure:
     """A heat map of the differences, with both scores and the interval in each field."""
     rows = {(row.task or MEAN, row.length): row for row in differences}
     values = {place: 100 * row.difference for place, row in rows.items()}
@@ -115,11 +139,10 @@ def draw_comparison(path: Path, a: str, b: str, differences: list[Difference]) -
     lengths = sorted({row.length for row in differences}, key=lambda length: (length is None, length or 0))
     tasks = [task for task in dict.fromkeys(task for task, _ in rows) if task != MEAN]
     tasks += [MEAN] if any(row.task is None for row in differences) else []
-    heat_map(path, title, tasks, lengths, values, texts, "difference in points", "RdBu", (-widest, widest))
+    return heat_map(title, tasks, lengths, values, texts, "difference in points", "RdBu", (-widest, widest))
 
 
 def heat_map(
-    path: Path,
     title: str,
     tasks: list[str],
     lengths: list[int | None],
@@ -128,29 +151,29 @@ def heat_map(
     label: str,
     colours: str,
     limits: tuple[float, float],
-) -> None:
+) -> Figure:
     """Lengths across, tasks down; fields without a value are grey, and empty where there was nothing to evaluate."""
     grid = np.array([[values.get((task, length), np.nan) for length in lengths] for task in tasks])
     tall = 0.62 if any("\n" in text for text in texts.values()) else 0.42
-    with rc_context({**LIGHT, "axes.grid": False}):
-        figure = Figure(figsize=(3.4 + 1.25 * len(lengths), 1.5 + tall * len(tasks)), layout="constrained")
-        axes = figure.subplots()
-        axes.set_facecolor("#d9d9d9")
-        image = axes.imshow(grid, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-        for i, task in enumerate(tasks):
-            for j, length in enumerate(lengths):
-                text = texts.get((task, length), "")
-                red, green, blue, _ = image.cmap(image.norm(grid[i, j])) if (task, length) in values else (0.85,) * 4
-                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=9.5)
-        axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
-        axes.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", lw=1.5, alpha=1)
-        axes.set_xticks(range(len(lengths)), [heading(length) for length in lengths])
-        axes.set_yticks(range(len(tasks)), tasks)
-        axes.set_xlabel("length in tokens")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(which="both", length=0)
-        figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        figure.suptitle(title, fontsize=11)
-        figure.savefig(path)
+    figure = Figure(figsize=(3.4 + 1.25 * len(lengths), 1.5 + tall * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(False)
+    axes.set_facecolor("#d9d9d9")
+    image = axes.imshow(grid, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+    for i, task in enumerate(tasks):
+        for j, length in enumerate(lengths):
+            text = texts.get((task, length), "")
+            red, green, blue, _ = image.cmap(image.norm(grid[i, j])) if (task, length) in values else (0.85,) * 4
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black", fontsize=9.5)
+    axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", lw=1.5, alpha=1)
+    axes.set_xticks(range(len(lengths)), [heading(length) for length in lengths])
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlabel("length in tokens")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0)
+    figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    figure.suptitle(title, fontsize=11)
+    return figure

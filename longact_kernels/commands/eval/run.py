@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ from longact_kernels.commands.console import INTERRUPTED, hide_library_bars, pro
 from longact_kernels.commands.eval.compare import Difference, compare
 from longact_kernels.commands.eval.evaluate import Subject, quiet_lm_eval
 from longact_kernels.commands.eval.report import (
-    comparison_table,
+    as_table,
+    comparison_rows,
     draw_comparison,
     draw_scores,
     heading,
     remarks,
-    score_table,
+    score_rows,
     shown,
+    write_page,
 )
 from longact_kernels.commands.eval.results import Cell, ResultFolder
 from longact_kernels.commands.eval.tasks import RULER, names_of
@@ -70,15 +73,12 @@ def evaluate_all(arguments: argparse.Namespace, console: Console) -> None:
         cells = evaluate_subject(subject, places, arguments.limit, first, console)
         subject.unload()
         results.append(cells)
-        draw_scores(subject.results.path / "scores.png", model, cells)
+        rows, notes, about = score_rows(cells), remarks(cells), "scores in percent ± standard error"
+        draw = partial(draw_scores, model, cells)
+        written = write_page(subject.results.path, "scores", model, about, rows, notes, draw)
+        written.append(subject.results.path / "results.json")
         if len(models) == 1:
-            console.print(
-                f"\n{model}: scores in percent ± standard error", highlight=False, markup=False, soft_wrap=True
-            )
-            console.print(score_table(cells))
-            for line in remarks(cells):
-                console.print(f"• {line}", highlight=False, markup=False)
-    written = [output / "scores.png", output / "results.json"]
+            show(f"{model}: {about}", rows, notes, console)
     if len(models) == 2:
         written = finish_comparison(results, labels, models, output, console)
     for path in written:
@@ -157,11 +157,9 @@ def finish_comparison(
 ) -> list[Path]:
     """Shows and writes the comparison; returns what was written."""
     differences: list[Difference] = compare(*results)
-    about = f"\nA = {models[0]}\nB = {models[1]}\nscores in percent"
-    console.print(about, highlight=False, markup=False, soft_wrap=True)
-    console.print(comparison_table(differences))
-    for line in dict.fromkeys(remarks(results[0]) + remarks(results[1])):
-        console.print(f"• {line}", highlight=False, markup=False)
+    rows, notes = comparison_rows(differences), list(dict.fromkeys(remarks(results[0]) + remarks(results[1])))
+    about = f"A = {models[0]}, B = {models[1]}; scores in percent; * the interval does not reach 0"
+    show(about, rows, notes, console)
     content = {
         "a": models[0],
         "b": models[1],
@@ -169,5 +167,13 @@ def finish_comparison(
         "differences": [{**asdict(row), "difference": row.difference} for row in differences],
     }
     write_json(output / "comparison.json", content)
-    draw_comparison(output / "comparison.png", labels[0], labels[1], differences)
-    return [output / "comparison.png", output / "comparison.json"]
+    draw = partial(draw_comparison, *labels, differences)
+    pages = write_page(output, "comparison", f"{labels[0]} and {labels[1]}", about, rows, notes, draw)
+    return [*pages, output / "comparison.json"]
+
+
+def show(about: str, rows: list[list[str]], notes: list[str], console: Console) -> None:
+    console.print(f"\n{about}", highlight=False, markup=False, soft_wrap=True)
+    console.print(as_table(rows))
+    for note in notes:
+        console.print(f"• {note}", highlight=False, markup=False)

@@ -25,7 +25,9 @@ from longact_kernels.commands.inspect.channels import (
 from longact_kernels.commands.inspect.options import STATISTICS
 from longact_kernels.commands.inspect.subject import load
 from longact_kernels.commands.inspect.text import sequences
-from longact_kernels.commands.train.figures import LIGHT, churn_figure, png
+from longact_kernels.commands.page import png
+from longact_kernels.commands.train.figures import churn_figure
+from longact_kernels.sparse.figures import LIGHT
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 

@@ -24,9 +24,10 @@ from longact_kernels.commands.inspect.channels import (
     salient,
 )
 from longact_kernels.commands.inspect.subject import load
+from longact_kernels.commands.page import png
 from longact_kernels.commands.perturb.figures import perturbation
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
-from longact_kernels.commands.train.figures import LIGHT, png
+from longact_kernels.sparse.figures import LIGHT
 from longact_kernels.tasks import TASKS, build_dataset
 
 

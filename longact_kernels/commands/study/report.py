@@ -7,17 +7,15 @@ from html import escape
 from pathlib import Path
 from statistics import mean
 
-from matplotlib import rc_context
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from longact_kernels.commands.files import write_json, write_whole
+from longact_kernels.commands.page import both_styles, document, pairs, picture, table
 from longact_kernels.commands.study.config import DENSE, Study
 from longact_kernels.commands.study.estimates import Comparison, Estimate, compare, estimate
 from longact_kernels.commands.study.figures import curves, scores
-from longact_kernels.commands.train.figures import DARK, LIGHT, png
-from longact_kernels.commands.train.report import STYLE, pairs, picture, table
 
 COLUMNS = ["arm", "seed", "before", "after", "score", "reward", "churn", "moved", "state", "seconds_per_step"]
 MEANINGS = {
@@ -83,11 +81,7 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     write_csv(folder / "runs.csv", results)
     about = versions(results)
     write_json(folder / "study.json", {"arms": [as_dict(row) for row in rows], "versions": about})
-    images: dict[str, list[bytes]] = {}
-    for style in (LIGHT, DARK):
-        with rc_context(style):
-            for name, figure in (("scores", scores(study, results)), ("curves", curves(study, results))):
-                images.setdefault(name, []).append(png(figure))
+    images = both_styles(lambda: [("scores", scores(study, results)), ("curves", curves(study, results))])
     for name, (light, _) in images.items():
         (folder / f"{name}.png").write_bytes(light)
     write_whole(folder / "report.html", page(study, rows, images, about))
@@ -175,7 +169,7 @@ def as_html(lines: list[dict[str, str]]) -> str:
     return table(list(lines[0]), [[escape(cell) for cell in line.values()] for line in lines], "numbers")
 
 
-def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: dict) -> str:
+def page(study: Study, rows: list[Row], images: dict[str, tuple[bytes, bytes]], about: dict) -> str:
     """The study as one HTML page that needs nothing else."""
     titles = {
         "scores": "Final score by arm: runs, mean, 95% confidence interval",
@@ -188,15 +182,13 @@ def page(study: Study, rows: list[Row], images: dict[str, list[bytes]], about: d
     }
     parts = {"base": vars(study.base) if study.setting == "recall" else {}, "evaluate": study.evaluate or {}}
     options = study.options | {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(study.name)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(study.name)}</h1><p class=dim>{sum(row.score.count for row in rows)} runs of "
-        f"{study.options['max_steps']} steps, setting {study.setting}</p>{figures}"
+    return document(
+        study.name,
+        f"{sum(row.score.count for row in rows)} runs of {study.options['max_steps']} steps, setting {study.setting}",
+        figures,
         f"<h2>Arms</h2>{as_html([outcomes(row) for row in rows])}{as_html([comparisons(row) for row in rows])}"
         f"{table(['column', 'meaning'], pairs(MEANINGS))}"
         f"<h2>In what the arms differ</h2>{table(['arm', 'options'], pairs(arms))}"
         f"<h2>What they share</h2>{table(['option', 'value'], pairs(options))}"
-        f"<h2>Versions</h2>{table(['what', 'version'], pairs(about))}</html>\n"
+        f"<h2>Versions</h2>{table(['what', 'version'], pairs(about))}",
     )

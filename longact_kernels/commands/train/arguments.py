@@ -180,6 +180,11 @@ class TrainArguments(LongActOptions):
         """What is trained on, in a word."""
         return self.task or Path(str(self.dataset)).name
 
+    @property
+    def measure(self) -> str:
+        """What the mean of the held-out rewards is called: a user's own need not be right or wrong."""
+        return "reward" if self.reward else "accuracy"
+
     def longact_options(self) -> dict[str, Any]:
         """The arguments for `LongAct`."""
         return {of.name: getattr(self, of.name) for of in LONGACT}

@@ -1,4 +1,4 @@
-"""What happens around the trainer's steps: progress on the screen, `metrics.jsonl`, a graceful Ctrl-C."""
+"""What happens around the trainer's steps: progress on the screen, the files of logs, a graceful Ctrl-C."""
 
 import json
 import signal
@@ -10,14 +10,14 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback
 
+from longact_kernels import LongAct
 from longact_kernels.commands.console import progress_bar
 from longact_kernels.commands.files import read_metrics, write_whole
+from longact_kernels.commands.train.trainer import DriverTrainer
 
 
-class MetricsFile(TrainerCallback):
-    """Appends one line of JSON to `metrics.jsonl` at each log, with the seconds a step took and tokens per second.
-
-    Steps on completions that were generated before have no reward of their own.
+class LinesFile(TrainerCallback):
+    """A file with a line of JSON for each log of the loss.
 
     Args:
         path: the file; what it holds of steps after `resumed_step` is dropped, since they are taken again.
@@ -26,13 +26,33 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed_step: int = 0):
         self.path, self.resumed_step = path, resumed_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = [record for record in read_metrics(self.path) if record["step"] <= self.resumed_step]
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append(self, step: int, record: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
+
+class MetricsFile(LinesFile):
+    """`metrics.jsonl`: all that is logged, with the seconds a step took and tokens per second.
+
+    Steps on completions that were generated before have no reward of their own.
+
+    Args:
+        path, resumed_step: of `LinesFile`.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0):
+        super().__init__(path, resumed_step)
         self.steps = 0
         self.seconds = 0.0
         self.tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = [record for record in read_metrics(self.path) if record["step"] <= self.resumed_step]
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        super().on_train_begin(args, state, control, **kwargs)
         self.tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -48,8 +68,31 @@ class MetricsFile(TrainerCallback):
         logs["seconds_per_step"] = self.seconds / self.steps
         logs["tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds
         self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        self.append(state.global_step, logs)
+
+
+class DetailsFile(LinesFile):
+    """`details.jsonl`: the churn of each layer, and a completion of those that were generated.
+
+    Args:
+        path, resumed_step: of `LinesFile`.
+        trainer: which generates.
+        longact: None for a dense run.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, trainer: DriverTrainer, longact: LongAct | None):
+        super().__init__(path, resumed_step)
+        self.trainer, self.longact = trainer, longact
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        record: dict = {}
+        if self.longact is not None and "churn" in logs:
+            record["churn"] = self.longact.churn
+        if "reward" in logs:
+            record["sample"] = {"step": state.global_step, **self.trainer.sample()}
+        self.append(state.global_step, record)
 
 
 class TrainingProgress(TrainerCallback):

@@ -31,7 +31,7 @@ T = TypeVar("T")
 # The lock, and who holds it.
 LOCK, OWNER = ".lock", ".owner.json"
 # What a run has before its first checkpoint: nothing that could be gone on with.
-OF_A_START = {LOCK, OWNER, "run.json", "accuracy_before.json", "metrics.jsonl"}
+OF_A_START = {LOCK, OWNER, "run.json", "accuracy_before.json", "metrics.jsonl", "details.jsonl"}
 
 
 class RunFolder:
@@ -52,6 +52,7 @@ class RunFolder:
         self.path = Path(training.output_dir)
         self.arguments, self.training = arguments, training
         self.metrics = self.path / "metrics.jsonl"
+        self.details = self.path / "details.jsonl"
         self._lock: FileLock | None = None
         self._made: list[Path] = []
         try:

@@ -1,6 +1,5 @@
 """What a run leaves to look at: `summary.json`, pictures, one self-contained `report.html`, a table on the screen."""
 
-import base64
 import dataclasses
 import platform
 from html import escape
@@ -15,38 +14,21 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from longact_kernels.commands.files import write_json, write_whole
+from longact_kernels.commands.page import both_styles, cards, document, pairs, picture, table
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.commands.train.figures import DARK, LIGHT, draw
+from longact_kernels.commands.train.figures import draw
+from longact_kernels.integrations.prompts import question_of
 
 PACKAGES = ("longact_kernels", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "numba")
 TITLES = {
     "reward": "Reward by step",
-    "churn": "Churn: how much of the salient sets changes from step to step",
+    "training": "Loss, entropy, gradient norm and completion length by step",
+    "churn": "Churn: how much of the salient sets changes from step to step, and in which layers",
     "saliency": "Channel magnitudes at the last refresh: salient channels in colour, the others in grey",
 }
 EXAMPLES = 5
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2126; --dim: #5b6570; --paper: #fff; --line: #dde1e6; --good: #11734b }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #d7dce2; --dim: #98a2ad; --paper: #16191d; --line: #343a41; --good: #58c492 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 60rem; padding: 1rem }
-h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-.dim { color: var(--dim) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0 }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
-.card b { display: block; font-size: 1.15rem } .card span { color: var(--dim); font-size: .85rem }
-/* Pictures of many panels are wider than a phone: their letters would be too small else. */
-img { max-width: 100%; height: auto } .saliency img { min-width: 48rem } .scores img, .curves img { min-width: 36rem }
-.wide { overflow-x: auto; margin-bottom: 1rem }
-table { border-collapse: collapse; font-size: .9rem }
-td, th { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td:last-child { overflow-wrap: anywhere }
-.numbers td, .numbers th { white-space: nowrap; font-variant-numeric: tabular-nums }
-.numbers :is(td, th):first-child { position: sticky; left: 0; background: var(--paper) }
-.right { color: var(--good) }
-"""
+SAMPLES = 8
 
 
 def summarize(
@@ -70,6 +52,7 @@ def summarize(
         "task": arguments.subject,
         "parameters": model.num_parameters(),
         "steps": metrics[-1]["step"] if metrics else 0,
+        "measure": arguments.measure,
         "accuracy": {
             "prompts": len(before.rewards),
             "before": before.accuracy,
@@ -121,7 +104,7 @@ def headline(summary: dict) -> list[tuple[str, str]]:
     accuracy, reward, state = summary["accuracy"], summary["reward"], summary["salient_state_bytes"]
     lines = [
         (
-            f"held-out accuracy, {accuracy['prompts']} prompts",
+            f"held-out {summary['measure']}, {accuracy['prompts']} prompts",
             f"{accuracy['before']:.3f} ± {accuracy['before_standard_error']:.3f} → "
             f"{accuracy['after']:.3f} ± {accuracy['after_standard_error']:.3f}",
         )
@@ -163,6 +146,7 @@ def write_report(
     folder: Path,
     summary: dict,
     metrics: list[dict],
+    details: list[dict],
     saliency: dict[str, tuple[Tensor, Tensor]],
     rows: list[dict],
     before: Evaluation,
@@ -170,77 +154,62 @@ def write_report(
 ) -> None:
     """Writes `summary.json`, the pictures and `report.html` into a run's folder."""
     write_json(folder / "summary.json", summary)
-    light = dict(draw(LIGHT, metrics, saliency, before, after))
-    dark = dict(draw(DARK, metrics, saliency, before, after))
-    for name, image in light.items():
-        write_whole(folder / f"{name}.png", image)
-    figures = "".join(picture(name, TITLES[name], light[name], dark[name]) for name in light)
-    write_whole(folder / "report.html", page(summary, figures, rows, before, after))
+    images = both_styles(lambda: draw(metrics, details, saliency, before, after, summary["measure"]))
+    for name, (light, _) in images.items():
+        write_whole(folder / f"{name}.png", light)
+    figures = "".join(picture(name, TITLES[name], *both) for name, both in images.items())
+    write_whole(folder / "report.html", page(summary, figures, details, rows, before, after))
 
 
-def picture(name: str, title: str, light: bytes, dark: bytes) -> str:
-    """A picture under its title, in the colours that the reader's screen has."""
-    return (
-        f"<h2>{title}</h2><div class='wide {name}'><picture>"
-        f"<source media='(prefers-color-scheme: dark)' srcset='{data_uri(dark)}'>"
-        f"<img alt='{title}' src='{data_uri(light)}'></picture></div>"
-    )
-
-
-def data_uri(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
-
-
-def page(summary: dict, figures: str, rows: list[dict], before: Evaluation, after: Evaluation) -> str:
+def page(
+    summary: dict, figures: str, details: list[dict], rows: list[dict], before: Evaluation, after: Evaluation
+) -> str:
     """The report as one HTML page that needs nothing else."""
-    title = f"{summary['model']} on {summary['task']}"
     method = "LongAct" if summary["arguments"]["longact"] else "dense training"
-    cards = "".join(f"<div class=card><span>{escape(k)}</span><b>{escape(v)}</b></div>" for k, v in headline(summary))
-    # Answers that training changed come first: the others say little.
-    changed = sorted(range(len(rows)), key=lambda i: before.rewards[i] == after.rewards[i])[:EXAMPLES]
-    answers = [
-        [
-            question_of(rows[i]["prompt"]),
-            escape(", ".join(rows[i].get("answers", []))),
-            *(
-                f"<span class='{'right' if e.rewards[i] == 1 else ''}'>{escape(e.completions[i].strip())}</span>"
-                for e in (before, after)
-            ),
-        ]
-        for i in changed
-    ]
     options = {**summary["arguments"], **summary["grpo_config"]}
     for change in summary["changes"]:
         name, step = change["option"], change["step"]
         options[name] = f"{options.get(name, change['to'])} ({change['from']} up to step {step})"
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1><p class=dim>{method}, {summary['steps']} steps, "
-        f"{summary['parameters']:,} parameters</p>"
-        f"<div class=cards>{cards}</div>{figures}"
-        "<h2>Held-out answers, those that changed first</h2>"
-        f"{table(['question', 'wanted', 'before', 'after'], answers)}"
-        f"<h2>Configuration</h2>{table(['option', 'value'], pairs(options))}"
-        f"<h2>Versions</h2>{table(['what', 'version'], pairs(summary['versions']))}"
-        "</html>\n"
+    samples = [record["sample"] for record in details if "sample" in record]
+    return document(
+        f"{summary['model']} on {summary['task']}",
+        f"{method}, {summary['steps']} steps, {summary['parameters']:,} parameters",
+        cards(headline(summary)),
+        figures,
+        "<h2>Held-out answers, those that changed first</h2>",
+        table(["question", "wanted", "before", "after"], answers(summary["measure"], rows, before, after), "texts"),
+        "<h2>Completions sampled while training</h2>" if samples else "",
+        table(["step", "reward", "question", "completion"], sampled(samples), "texts") if samples else "",
+        f"<h2>Configuration</h2>{table(['option', 'value'], pairs(options))}",
+        f"<h2>Versions</h2>{table(['what', 'version'], pairs(summary['versions']))}",
     )
 
 
-def question_of(prompt: str | list[dict]) -> str:
-    """The last line that the user wrote, which in every task is the question."""
-    text = prompt if isinstance(prompt, str) else next(m["content"] for m in prompt if m["role"] == "user")
-    return escape(text.splitlines()[-1])
+def answers(measure: str, rows: list[dict], before: Evaluation, after: Evaluation) -> list[list[str]]:
+    """The rows of a table of answers; those that training changed come first: the others say little."""
+    changed = sorted(range(len(rows)), key=lambda i: before.rewards[i] == after.rewards[i])[:EXAMPLES]
+
+    def answer(evaluation: Evaluation, i: int) -> str:
+        reward, text = evaluation.rewards[i], escape(evaluation.completions[i].strip())
+        if measure == "reward":
+            return f"{text} <span class='dim number'>({reward:.3g})</span>"
+        return f"<span class='{'right' if reward == 1 else ''}'>{text}</span>"
+
+    return [
+        [
+            escape(question_of(rows[i]["prompt"])),
+            escape(", ".join(map(str, rows[i].get("answers") or []))),
+            answer(before, i),
+            answer(after, i),
+        ]
+        for i in changed
+    ]
 
 
-def pairs(values: dict) -> list[list[str]]:
-    """The rows of a table of keys and values."""
-    return [[escape(key), escape(str(value))] for key, value in values.items()]
-
-
-def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:
-    """An HTML table; the cells are HTML already. Those of kind `numbers` are not broken into lines."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='wide {kind}'><table><tr>{head}</tr>{body}</table></div>"
+def sampled(samples: list[dict]) -> list[list[str]]:
+    """The rows of a table of completions: some from the beginning of training to its end."""
+    count = min(SAMPLES, len(samples))
+    chosen = [samples[i * (len(samples) - 1) // max(count - 1, 1)] for i in range(count)]
+    return [
+        [str(one["step"]), f"{one['reward']:.3g}", escape(one["question"]), escape(one["completion"])] for one in chosen
+    ]

@@ -19,7 +19,7 @@ from longact_kernels import LongAct
 from longact_kernels.commands.console import hide_library_bars, progress_bar
 from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.train.arguments import TrainArguments
-from longact_kernels.commands.train.callbacks import GracefulInterrupt, MetricsFile, TrainingProgress
+from longact_kernels.commands.train.callbacks import DetailsFile, GracefulInterrupt, MetricsFile, TrainingProgress
 from longact_kernels.commands.train.checkpoints import saving
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
@@ -97,7 +97,11 @@ class Run:
         writing: list[TrainerCallback] = []
         if training.process_index == 0:
             self.folder.own()
-            writing = [MetricsFile(self.folder.metrics, self.folder.checkpoint_step), self.progress]
+            writing = [
+                MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
+                DetailsFile(self.folder.details, self.folder.checkpoint_step, self.trainer, self.longact),
+                self.progress,
+            ]
         # The first one: with it, a run begins.
         self.trainer.callback_handler.callbacks.insert(0, EvaluationBefore(self))
         for callback in (*writing, self.interrupt):
@@ -109,7 +113,7 @@ class Run:
         # As many for each: the processes of a sharded model take every step together.
         own = [self.held_out[i % count] for i in range(rank, -(-count // processes) * processes, processes)]
         with progress_bar(self.console) as bar:
-            row = bar.add_task(f"accuracy {when}", total=len(own), note=f"{count} prompts")
+            row = bar.add_task(f"{self.arguments.measure} {when}", total=len(own), note=f"{count} prompts")
             found = evaluate(
                 self.model,
                 self.tokenizer,
@@ -125,7 +129,9 @@ class Run:
             [parts[i % processes].rewards[i // processes] for i in range(count)],
             [parts[i % processes].completions[i // processes] for i in range(count)],
         )
-        self.console.print(f"held-out accuracy {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}")
+        self.console.print(
+            f"held-out {self.arguments.measure} {when}: {result.accuracy:.3f} ± {result.standard_error:.3f}"
+        )
         return result
 
     def before(self) -> Evaluation:
@@ -168,7 +174,8 @@ class Run:
         metrics = read_metrics(self.folder.metrics)
         summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
         summary["changes"] = self.folder.changes
-        write_report(self.folder.path, summary, metrics, saliency, self.held_out, before, after)
+        details = read_metrics(self.folder.details)
+        write_report(self.folder.path, summary, metrics, details, saliency, self.held_out, before, after)
         self.console.print(summary_table(summary))
         for name in ("report.html", "model"):
             self.console.print(self.folder.path / name, soft_wrap=True, markup=False)

@@ -11,9 +11,10 @@ from torch.utils.data import Sampler
 from longact_kernels.commands.console import Failure
 from longact_kernels.commands.train.checkpoints import checkpoints_in, is_sealed, saving, seal
 from longact_kernels.integrations.dynamic_sampling import DynamicSamplingMixin
-from longact_kernels.integrations.prompts import encode_prompts
+from longact_kernels.integrations.prompts import encode_prompts, question_of
 from longact_kernels.integrations.shared_prompts import SharedPromptsMixin
 from longact_kernels.integrations.trl import LongActGRPOTrainer
+from longact_kernels.tasks.rewards import completion_text
 
 
 class DriverTrainer(SharedPromptsMixin, DynamicSamplingMixin, LongActGRPOTrainer):
@@ -82,6 +83,15 @@ class DriverTrainer(SharedPromptsMixin, DynamicSamplingMixin, LongActGRPOTrainer
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if (file := self._completions_file(checkpoint)).is_file():
             self._buffered_inputs = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+
+    def sample(self) -> dict:
+        """A prompt of the last batch that was generated: its question, its completion and the reward."""
+        rewards = [values[0] for values in self._logs["rewards"].values() if values and values[0] is not None]
+        return {
+            "question": question_of(self._logs["prompt"][0]),
+            "completion": completion_text(self._logs["completion"][0]),
+            "reward": sum(rewards),
+        }
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: the run's folder has its own report."""

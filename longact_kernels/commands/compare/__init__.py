@@ -1,0 +1,1 @@
+"""`longact compare`: training runs side by side on one page."""
