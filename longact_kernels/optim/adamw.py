@@ -17,7 +17,6 @@ from longact_kernels.ops.dispatch import runs_triton
 from longact_kernels.ops.sparse_adamw import AdamWPlan
 from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State, params_of
 from longact_kernels.sparse.controller import LongAct
-from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import local
@@ -253,10 +252,10 @@ class SalientAdamW(SalientOptimizer):
             for group in groups
         ]
 
-    def _check_state(self, p: Tensor, state: dict[str, Tensor], salient: tuple[LongAct, SalientLayer] | None) -> None:
+    def _check_foreign(self, p: Tensor, state: dict[str, Tensor]) -> None:
         if "max_exp_avg_sq" in state:
             raise ValueError("load_state_dict: saved with amsgrad=True, which SalientAdamW does not have")
-        super()._check_state(p, state, salient)
+        super()._check_foreign(p, state)
 
     def adopt(self, p: Tensor, state: dict[str, Tensor], salient: SalientSet | None) -> dict[str, Tensor]:
         if salient is None and not self._by_kernel(p):

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from longact_kernels import ops
 from longact_kernels.functional import Axis
+from longact_kernels.reference.channels import check_channels
 from longact_kernels.sparse import gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
@@ -432,18 +433,32 @@ class SalientOptimizer(Optimizer, ABC):
         From the latter, every channel starts with the moments and the step count that its parameter has there.
 
         Raises:
-            ValueError: if the groups differ, or the state of a salient weight is of another size or kind; nothing is
-                loaded then.
+            ValueError: if the groups differ, or a state is of another size, kind, dtype or option; nothing is loaded
+                then.
         """
         salient = salient_weights()
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"load_state_dict: got a {type(state_dict).__name__} without 'state' and 'param_groups'; needed what "
+                "an optimizer's state_dict() gave"
+            )
         # Groups that differ are for Optimizer.load_state_dict to explain.
         ids = zip(params_of(self.param_groups), params_of(state_dict["param_groups"]), strict=False)
         pairs = [(p, with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]
+        for p, state in pairs:
+            if missing := [name for name in ("step", *self.moment_names) if not isinstance(state.get(name), Tensor)]:
+                raise ValueError(
+                    f"load_state_dict: no {', '.join(missing)} for a parameter of shape {list(p.shape)}; needed a "
+                    f"checkpoint of {type(self).__name__}, or of torch's optimizer of that kind"
+                )
         # A dense run's has no salient sets, but masters or steps of rows.
         foreign = not any("salient_steps" in state or "master" in state or state["step"].ndim for _, state in pairs)
         for p, state in pairs:
-            self._check_state(p, state, None if foreign or id(p) not in salient else salient[id(p)])
-        super().load_state_dict({**state_dict, "param_groups": self.completed(state_dict["param_groups"])})
+            if foreign:
+                self._check_foreign(p, state)
+            else:
+                self._check_state(p, state, salient.get(id(p)))
+        loaded = {}
         for p, state in pairs:
             # Optimizer.load_state_dict casts state to the parameter's dtype: fp32 moments of bf16 weights get rounded.
             state = {
@@ -452,22 +467,69 @@ class SalientOptimizer(Optimizer, ABC):
             }
             if foreign:
                 state = self.adopt(p, state, salient[id(p)][1].salient if id(p) in salient else None)
-            elif id(p) in salient:
+            loaded[p] = state
+        # From here on nothing can fail.
+        super().load_state_dict({**state_dict, "param_groups": self.completed(state_dict["param_groups"])})
+        for p, state in loaded.items():
+            if not foreign and id(p) in salient:
                 salient[id(p)][0].load_state_for(salient[id(p)][1].salient, state)
             self.state[p] = {name: value for name, value in state.items() if not name.startswith("salient_")}
         self._forget()
 
+    def _check_foreign(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for state of torch's optimizer that is none of this parameter's."""
+        for name in self.moment_names:
+            if state[name].shape != p.shape:
+                raise ValueError(
+                    f"load_state_dict: {name} of a parameter of shape {list(p.shape)} was saved as "
+                    f"{list(state[name].shape)}; needed a checkpoint of the same model"
+                )
+
     def _check_state(self, p: Tensor, state: dict[str, Tensor], salient: tuple[LongAct, SalientLayer] | None) -> None:
-        """Raises ValueError for state that cannot be loaded."""
-        if salient is None:
-            return
-        longact, layer = salient
-        longact.check_state_for(layer.salient, state)
-        if ("rows" in state) != self.compact:
-            ours, theirs = ("compact", "full") if self.compact else ("full", "compact")
+        """Raises ValueError for state of another optimizer of this kind that cannot go on in this one."""
+        what = f"a parameter of shape {list(p.shape)}"
+        by_kernel, dim, shape = self._by_kernel(p), 0, list(p.shape)
+        counts: list[list[int]] = [[1], shape[:1]] if by_kernel else [[]]  # of its steps
+        if salient is not None:
+            longact, layer = salient
+            what, dim, by_kernel = layer.salient.name, layer.salient.dim, True
+            longact.check_state_for(layer.salient, state)
+            if ("rows" in state) != self.compact:
+                ours, theirs = ("compact", "full") if self.compact else ("full", "compact")
+                raise ValueError(
+                    f"load_state_dict: {what} was saved with state={theirs!r}, this optimizer has state={ours!r}"
+                )
+            if self.compact:
+                try:
+                    check_channels("rows", [state["rows"]], [shape[dim]])
+                except IndexError as error:
+                    raise ValueError(f"load_state_dict: {what}: {error}; the checkpoint is damaged") from error
+                shape[dim] = len(state["rows"])
+            counts = [[shape[dim]]]
+        elif "salient_steps" in state:
             raise ValueError(
-                f"load_state_dict: {layer.salient.name} was saved with state={theirs!r}, this optimizer has "
-                f"state={ours!r}"
+                f"load_state_dict: {what} was saved as a salient weight, and is an ordinary one here; needed LongAct "
+                "on the model, with the target_modules of the saved run"
+            )
+        if ("master" in state) != self.has_master(p):
+            have, has = ("no", "") if self.has_master(p) else ("an", "no ")
+            raise ValueError(
+                f"load_state_dict: {what} was saved with {have} fp32 master, this optimizer has {has}one for its "
+                f"{p.dtype} weight; use the dtype and the master_weights of the saved run"
+            )
+        moments = self.moments if by_kernel else torch.float32 if self.has_master(p) else p.dtype
+        dtypes = dict.fromkeys(self.moment_names, moments) | ({"master": torch.float32} if "master" in state else {})
+        for name, dtype in dtypes.items():
+            held = state[name]
+            if held.dtype != dtype or list(held.shape) != shape:
+                raise ValueError(
+                    f"load_state_dict: {name} of {what} was saved as {held.dtype} {list(held.shape)}, this optimizer "
+                    f"keeps {dtype} {shape}; use the model, the dtype and the options of the saved run"
+                )
+        if list(state["step"].shape) not in counts or (by_kernel and state["step"].dtype != torch.int32):
+            raise ValueError(
+                f"load_state_dict: the step of {what} was saved as {state['step'].dtype} {list(state['step'].shape)}, "
+                f"this optimizer keeps {counts[-1]}; use the options of the saved run"
             )
 
     @abstractmethod

@@ -178,6 +178,32 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# What a saved state means: it goes on under the same values alone. All other options may change, and hold from then on.
+DEFINING = ("axis", "statistic", "scope", "site", "pair_rope", "density", "strategy", "threshold", "seed")
+_ONLY_OF = {"threshold": "threshold", "seed": "random"}  # strategies
+
+
+def numbers_of(config: LongActConfig) -> list[float]:
+    """The options of DEFINING as numbers, as a checkpoint keeps them: of a choice its place among all of them."""
+    choices, numbers = _choices(), []
+    for name in DEFINING:
+        value = getattr(config, name)
+        used = config.strategy == _ONLY_OF.get(name, config.strategy)
+        numbers.append(float(choices[name].index(value) if name in choices else value) if used else 0.0)
+    return numbers
+
+
+def difference(config: LongActConfig, saved: list[float]) -> str | None:
+    """The first option that a saved state had another value of, in words; None if there is none."""
+    choices = _choices()
+    for name, theirs, ours in zip(DEFINING, saved, numbers_of(config), strict=False):
+        if theirs != ours:
+            known = choices.get(name, ())
+            value = known[int(theirs)] if 0 <= theirs < len(known) else bool(theirs) if name == "pair_rope" else theirs
+            return f"{name}={value!r}, this LongAct has {name}={getattr(config, name)!r}"
+    return None
+
+
 def _choices() -> dict[str, tuple[Any, ...]]:
     """By field, the values that a Literal allows."""
     found = {}

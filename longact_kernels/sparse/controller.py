@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from longact_kernels.reference.channels import check_channels
 from longact_kernels.sparse import checks, engines, gradients
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
-from longact_kernels.sparse.config import LongActConfig, field_names, make_config
+from longact_kernels.sparse.config import LongActConfig, difference, field_names, make_config, numbers_of
 from longact_kernels.sparse.finite import Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import Projection, find_projections
@@ -32,6 +33,9 @@ from longact_kernels.sparse.statistics import STATISTICS, Statistics
 from longact_kernels.sparse.stock import Attached
 from longact_kernels.sparse.tokens import Call, tell_masks, tell_tokens
 from longact_kernels.warning import LongActWarning
+
+# What checkpoints of 0.1 lack.
+SINCE_0_1 = ("salient_options", "salient_before", "salient_first", "salient_times")
 
 
 class LongAct:
@@ -762,6 +766,7 @@ class LongAct:
         period = self._statistics.state(salient.channels, salient.segments)
         return {
             "salient_steps": torch.tensor(self.steps),
+            "salient_options": torch.tensor(numbers_of(self.config), dtype=torch.float64),
             "salient_flags": torch.tensor([salient.active, False, salient.chosen]),
             **self._chosen.state(salient),
             **{name: part.clone() for name, part in period.items()},
@@ -771,9 +776,9 @@ class LongAct:
         """Whether `load_state_for` can take a state.
 
         Raises:
-            ValueError: if the state has no salient set, or one of another size.
+            ValueError: if the state has no salient set, one of another size or kind, or one that is none.
         """
-        if "salient_steps" not in state:
+        if "salient_steps" not in state or "salient_rows" not in state:
             raise ValueError(
                 f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
                 "while LongAct was on the model"
@@ -783,6 +788,23 @@ class LongAct:
                 f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
                 f"{salient.size}; use the density and scope of the saved run"
             )
+        if differs := difference(self.config, state.get("salient_options", torch.empty(0)).tolist()):
+            raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
+        for name, own in self.state_for(salient).items():
+            if name == "salient_options" or (name not in state and name in SINCE_0_1):
+                continue
+            held = state.get(name)
+            if held is None or held.shape != own.shape or held.dtype != own.dtype:
+                got = "none" if held is None else f"{held.dtype} {list(held.shape)}"
+                raise ValueError(
+                    f"load_state_dict: {name} of {salient.name}: got {got}, needed {own.dtype} {list(own.shape)}; use "
+                    "the options of the saved run"
+                )
+        channels = salient.channels.stop - salient.channels.start
+        try:
+            check_channels("salient_rows", [state["salient_rows"]], [channels])
+        except IndexError as error:
+            raise ValueError(f"load_state_dict: {salient.name}: {error}; the checkpoint is damaged") from error
 
     @torch.no_grad()
     def load_state_for(self, salient: SalientSet, state: dict[str, Tensor]) -> None:

@@ -26,6 +26,7 @@ class Attached:
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         optimizer.register_state_dict_post_hook(self._save)
+        optimizer.register_load_state_dict_pre_hook(self._check)
         optimizer.register_load_state_dict_post_hook(self._load)
         self._load(optimizer)  # what was loaded before
 
@@ -86,13 +87,26 @@ class Attached:
             name: longact.state_for(layer.salient) for name, layer in longact.layers.items()
         }
 
+    def _check(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+        """Before anything is loaded, whether the sets can be."""
+        groups = state_dict["param_groups"]
+        saved = groups[0].get("longact") if groups else None
+        if not saved:
+            return
+        layers = self.longact.layers
+        if unknown := saved.keys() - layers.keys():
+            raise ValueError(
+                f"load_state_dict: {min(unknown)} was saved with a salient set, and is no layer of this LongAct; use "
+                "the target_modules of the saved run"
+            )
+        for name, layer in layers.items():
+            self.longact.check_state_for(layer.salient, saved.get(name, {}))
+
     def _load(self, optimizer: Any) -> None:
-        saved = optimizer.param_groups[0].pop("longact", None) or {}
-        sets = [layer.salient for layer in self.longact.layers.values()] if saved else []
-        for salient in sets:
-            self.longact.check_state_for(salient, saved.get(salient.name, {}))
-        for salient in sets:
-            self.longact.load_state_for(salient, saved[salient.name])
+        self._check(optimizer, {"param_groups": optimizer.param_groups})
+        saved = optimizer.param_groups[0].pop("longact", None)
+        for name, layer in self.longact.layers.items() if saved else ():
+            self.longact.load_state_for(layer.salient, saved[name])
 
 
 def _ids(optimizer: Any) -> set[int]:

@@ -1,0 +1,167 @@
+"""State dicts that are another run's, or damaged: one line that says why, after which nothing has changed."""
+
+import copy
+
+import pytest
+import torch
+from situations import HYPER, tiny_model, tokens, train
+
+from longact_kernels import LongAct, SalientAdamW
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def run(dtype=torch.float32, steps=3, stock=False, optimizer=(), **options):
+    model = tiny_model().to(dtype)
+    longact = LongAct(model, **options)
+    if stock:
+        made = torch.optim.AdamW(model.parameters(), **HYPER)
+        longact.attach(made)
+    else:
+        made = SalientAdamW(model.parameters(), **HYPER, **dict(optimizer))
+    train(model, made, range(steps))
+    return model, longact, made
+
+
+def contents(model, longact, optimizer):
+    """All that a load might change."""
+    return copy.deepcopy((model.state_dict(), {n: s.tolist() for n, s in longact.sets.items()}, longact.steps,
+                          optimizer.state_dict(), optimizer.param_groups[0]["lr"]))  # fmt: skip
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def refused(ours, saved) -> str:
+    before = contents(*ours)
+    with pytest.raises(ValueError) as raised:
+        ours[2].load_state_dict(saved)
+    assert same(contents(*ours), before), "half loaded"
+    message = str(raised.value)
+    assert "\n" not in message
+    train(ours[0], ours[2], [7])
+    return message
+
+
+OTHERS = {
+    "density": (dict(density=0.5), dict(density=0.3)),
+    "axis": (dict(axis="columns", scope="layer"), dict(scope="layer")),
+    "statistic": (dict(statistic="l2"), dict(statistic="absmax")),
+    "scope": (dict(scope="layer"), dict(scope="head")),
+    "site": (dict(site="rope"), dict(site="projection")),
+    "pair_rope": (dict(pair_rope=True, density=0.4), dict(density=0.4)),
+    "strategy": (dict(strategy="bottom"), dict(strategy="top")),
+    "seed": (dict(strategy="random", seed=1), dict(strategy="random", seed=2)),
+    "threshold": (dict(strategy="threshold", threshold=0.5), dict(strategy="threshold", threshold=0.7)),
+}
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize(("theirs", "ours"), [pair for a, b in OTHERS.values() for pair in ((a, b), (b, a))], ids=str)
+def test_other_options_are_refused_by_name(theirs, ours, stock):
+    message = refused(run(**ours, stock=stock), run(**theirs, stock=stock)[2].state_dict())
+    named = next(name for name, pair in OTHERS.items() if theirs in pair and ours in pair)
+    assert f"{named}=" in message or "density" in message, message
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (dict(refresh_every=2), {}),
+        (dict(selection="current"), dict(selection="lagged")),
+        (dict(nonfinite="skip"), {}),
+        (dict(ema=0.5), {}),
+        (dict(seed=3), dict(seed=4)),
+        (dict(grad="compact"), {}),
+        (dict(freeze_after=9), {}),
+    ],
+    ids=str,
+)
+def test_the_schedule_may_change(theirs, ours):
+    saved = run(**theirs)
+    model, longact, optimizer = run(**ours, steps=0)
+    model.load_state_dict(saved[0].state_dict())
+    optimizer.load_state_dict(saved[2].state_dict())
+    assert {n: s.tolist() for n, s in longact.sets.items()} == {n: s.tolist() for n, s in saved[1].sets.items()}
+    train(model, optimizer, range(3, 5))
+
+
+BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "says"),
+    [
+        (dict(dtype=FP32), dict(dtype=BF16), "master"),
+        (dict(dtype=BF16), dict(dtype=FP32), "master"),
+        (dict(dtype=BF16), dict(dtype=BF16, optimizer=dict(master_weights=False)), "master"),
+        (dict(dtype=BF16, optimizer=dict(master_weights=False)), dict(dtype=BF16), "master"),
+        (dict(dtype=HALF, optimizer=dict(master_weights=False)), dict(dtype=FP32), "torch.float16"),
+        (dict(optimizer=dict(moments=BF16)), {}, "torch.bfloat16"),
+        ({}, dict(optimizer=dict(moments=BF16)), "torch.float32"),
+        (dict(optimizer=dict(state="compact")), {}, "compact"),
+        ({}, dict(optimizer=dict(state="compact")), "compact"),
+        (dict(target_modules=["q_proj"]), {}, "k_proj"),
+        ({}, dict(target_modules=["q_proj"]), "target_modules"),
+    ],
+    ids=str,
+)
+def test_other_dtypes_masters_and_layers_are_refused(theirs, ours, says):
+    assert says in refused(run(**ours), run(**theirs)[2].state_dict())
+
+
+def damaged(state: dict, i: int, kind: str) -> None:
+    own = state["state"][i]
+    {
+        "no moments": lambda: own.pop("exp_avg_sq"),
+        "no set": lambda: own.pop("salient_rows"),
+        "no statistics": lambda: own.pop("salient_absmax"),
+        "moments of another shape": lambda: own.update(exp_avg=own["exp_avg"][:-1]),
+        "moments of another dtype": lambda: own.update(exp_avg=own["exp_avg"].double()),
+        "steps of another shape": lambda: own.update(step=own["step"][:-1]),
+        "a channel outside": lambda: own.update(salient_rows=own["salient_rows"] + 1000),
+        "channels that fall": lambda: own.update(salient_rows=own["salient_rows"].flip(0)),
+        "one channel twice": lambda: own["salient_rows"].__setitem__(1, own["salient_rows"][0]),
+        "statistics of another shape": lambda: own.update(salient_saliency=own["salient_saliency"][:-1]),
+        "a list in place of a tensor": lambda: own.update(exp_avg=[1.0, 2.0]),
+        "a group less": lambda: state["param_groups"].pop(),
+        "a parameter less": lambda: state["param_groups"][0]["params"].pop(),
+        "no groups": lambda: state.pop("param_groups"),
+        "no state": lambda: state.pop("state"),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", [
+    "no moments", "no set", "no statistics", "moments of another shape", "moments of another dtype",
+    "steps of another shape", "a channel outside", "channels that fall", "one channel twice",
+    "statistics of another shape", "a list in place of a tensor", "a group less", "a parameter less", "no groups",
+    "no state",
+])  # fmt: skip
+def test_damaged_states_are_refused_and_nothing_is_half_loaded(kind):
+    ours = run()
+    _, _, theirs = run(steps=5)
+    saved = copy.deepcopy(theirs.state_dict())
+    names = [name for name, _ in ours[0].named_parameters()]
+    damaged(saved, names.index(f"model.layers.1.{NAME.split('.', 3)[3]}.weight"), kind)
+    refused(ours, saved)
+
+
+def test_a_checkpoint_of_another_optimizer_and_of_another_model():
+    ours = run()
+    model = tiny_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(input_ids=tokens(seed=0)).logits.sum().backward()
+    sgd.step()
+    assert "exp_avg" in refused(ours, sgd.state_dict())
+    adamw = torch.optim.AdamW(model.parameters())
+    adamw.step()
+    saved = adamw.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    assert "[3, 3]" in refused(ours, saved)
