@@ -20,9 +20,9 @@ myst_heading_anchors = 4
 # Docstrings are in Google style, and write code between single backticks.
 default_role = "code"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-autodoc_default_options = {"members": True}
 napoleon_use_ivar = True
 
 

@@ -1,7 +1,7 @@
-"""Everything on plain tensors, usable with none of our classes: the kernels' ops, and autograd functions over them.
+"""The kernels as functions on plain tensors, and autograd functions made of them. They need none of our classes.
 
-Each op's docstring gives the equivalent torch code. `sparse_adamw_` and `carry_` change tensors in place, all others
-return new ones; only `salient_linear` and `observe` are differentiable.
+Docstrings give equivalent torch code. `sparse_adamw_` and `carry_` change tensors in place; all others return new ones.
+Only `salient_linear` and `observe` are differentiable.
 """
 
 from typing import Any, Literal, NamedTuple, Protocol
@@ -28,12 +28,12 @@ Axis = Literal["rows", "columns"]
 
 
 class RunningStats(NamedTuple):
-    """Running activation statistics of one projection; plain fp32 tensors that are updated in place.
+    """Running activation statistics of one projection: fp32 tensors that are updated in place.
 
     Attributes:
-        absmax: [N], the largest magnitude seen.
-        l2_sum: [N], the per-sequence L2 norms added up; None to leave them out.
-        sequences: [], how many sequences were added up.
+        absmax: [N], the largest magnitude so far.
+        l2_sum: [N], the sum of the L2 norms of all sequences; None to leave it out.
+        sequences: [], the number of these sequences.
     """
 
     absmax: Tensor
@@ -42,11 +42,11 @@ class RunningStats(NamedTuple):
 
     @property
     def l2(self) -> bool:
-        """Whether sums of squares are taken."""
+        """Whether L2 norms are summed."""
         return self.l2_sum is not None
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
-        """Takes in the statistics of one more activation, as `channel_stats` returns them."""
+        """Adds the statistics of one more activation, as returned by `channel_stats`."""
         torch.maximum(self.absmax, absmax, out=self.absmax)
         if self.l2_sum is not None and self.sequences is not None:
             # A sequence of nothing but padding is no sequence.
@@ -94,9 +94,9 @@ def observe(
 
     Args:
         y, mask, cu_seqlens: as in `channel_stats`.
-        stats: running statistics, of the channels of `y`. They cover just the activations that a gradient came from,
-            each once, also under activation checkpointing.
-        channels: the values of `y` as [..., T, N], where `y` has another layout.
+        stats: running statistics of the channels of `y`. They cover those activations that get a gradient, each once,
+            also under activation checkpointing.
+        channels: the values of `y` as [..., T, N], if `y` has another layout.
 
     Returns:
         `y`.
@@ -249,8 +249,8 @@ def salient_linear(
 
         y = F.linear(x, weight, bias)
         ...                                             # in backward
-        dx = dy @ weight                                # as ever
-        db = dy.sum(tokens)                             # as ever
+        dx = dy @ weight                                # as usual
+        db = dy.sum(tokens)                             # as usual
         dw = torch.zeros_like(weight)
         dw[rows] = dy[..., rows].T @ x                  # LongAct, arXiv 2604.14922
         stats.absmax = maximum(stats.absmax, abs(y[mask]).amax(0))
@@ -260,14 +260,14 @@ def salient_linear(
         weight: [N, K].
         bias: [N] or None; its gradient is never masked.
         rows: int64 [S], ascending, the salient set; None for the whole gradient.
-        stats: running statistics that backward merges those of `y` into (of `x` along columns): they cover just the
-            activations that a gradient came from, each once, also under activation checkpointing.
+        stats: running statistics, to which backward adds those of `y` (of `x` along columns). They cover those
+            activations that get a gradient, each once, also under activation checkpointing.
         mask: bool [..., T], True where a token counts in the statistics.
         cu_seqlens: int [B + 1], bounds of packed sequences for the statistics of a 2-D `y`.
-        axis: "rows", the set is one of output channels; "columns", one of input channels.
-        transposed: `weight` is stored [K, N], and so is its gradient; a row is still an output channel.
-        grad: fp32 accumulator of the salient channels' gradient alone, [S, K] ([N, S] along columns; each transposed if
-            the weight is): backward adds to it, and `weight` itself gets no gradient. Needs `rows`.
+        axis: "rows": the set has output channels; "columns": input channels.
+        transposed: `weight` and its gradient are stored as [K, N]; a row is still an output channel.
+        grad: fp32 accumulator for the gradient of the salient channels, [S, K] ([N, S] along columns; both transposed
+            if the weight is). Backward adds to it, and `weight` gets no gradient. Needs `rows`.
 
     Returns:
         y [..., T, N].

@@ -2,4 +2,7 @@
 
 
 class LongActWarning(UserWarning):
-    """Every warning of this package is one: `warnings.filterwarnings("error", category=LongActWarning)` finds them."""
+    """The class of all warnings of this package.
+
+    `warnings.filterwarnings("error", category=LongActWarning)` turns them into errors.
+    """

@@ -14,17 +14,17 @@ from longact_kernels.sparse.config import LongActConfig
 class LongActCallback(TrainerCallback):
     """Connects a controller with a `Trainer`, `SFTTrainer` or `GRPOTrainer`.
 
-    It attaches the controller to a stock optimizer: the paper's literal form. `SalientAdamW`, passed as
+    It attaches the controller to a stock optimizer, as in the paper. `SalientAdamW`, passed as
     `optimizers=(SalientAdamW(...), None)` or `optimizer_cls_and_kwargs=(SalientAdamW, {...})`, needs no attaching. Logs
-    of the loss get the layers' mean `churn`.
+    of the loss get the mean `churn` of all layers.
 
-    The Trainer clips gradients before it calls any callback. So where the set is chosen after backward (in a first
-    step, and with `selection="current"`), the norm that it clips by is that of the unmasked gradients; and reporters
-    (`report_to`) have seen a log before the churn is in it. `LongActTrainerMixin` has neither limit.
+    The Trainer clips gradients before it calls a callback. So where the set is chosen after backward (in the first
+    step, and with `selection="current"`), it clips by the norm of the unmasked gradients. And reporters (`report_to`)
+    see a log before the churn is added. `LongActTrainerMixin` has neither limit.
 
     Args:
         longact: the controller.
-        restore: make plain layers of the salient ones when training ends.
+        restore: turn the salient layers into plain ones when training ends.
     """
 
     def __init__(self, longact: LongAct, restore: bool = False):
@@ -52,17 +52,17 @@ class LongActCallback(TrainerCallback):
 
 
 class LongActTrainerMixin:
-    """Makes a `Trainer` one that trains with LongAct: `class Sparse(LongActTrainerMixin, SFTTrainer): ...`.
+    """Turns a `Trainer` into one that trains with LongAct: `class Sparse(LongActTrainerMixin, SFTTrainer): ...`.
 
-    The optimizer is `SalientAdamW`, unless one is passed, with the learning rate, betas, eps and decay groups of the
-    training arguments. Gradients are masked before they are clipped, and compact ones clipped along. Logs of the loss,
-    also those that reporters get, have the layers' mean `churn`.
+    Unless you pass an optimizer, it is `SalientAdamW` with the learning rate, betas, eps and decay groups of the
+    training arguments. Gradients are masked before they are clipped; compact gradients are clipped too. Logs of the
+    loss, also those of reporters, have the mean `churn` of all layers.
 
     Args:
-        longact: the controller of the model's salient sets, or the options of one that is made here, by default
-            LongAct's own; `None` trains densely with the same optimizer.
-        optimizer_options: further arguments of `SalientAdamW`, such as `state`.
-        args, kwargs: of the trainer.
+        longact: the controller, or the options of a controller to make, by default LongAct's defaults. None trains
+            densely with the same optimizer.
+        optimizer_options: more arguments of `SalientAdamW`, such as `state`.
+        args, kwargs: arguments of the trainer.
 
     Raises:
         ValueError: `args.optim` asks for another optimizer, or something does not go with `longact`.

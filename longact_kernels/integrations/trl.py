@@ -8,8 +8,8 @@ from longact_kernels.integrations.trainer import LongActTrainerMixin
 class LongActGRPOTrainer(LongActTrainerMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` with `SalientAdamW`, sparse or (with `longact=None`) dense.
 
-    In all else it is TRL's: the algorithms and options of `GRPOConfig` work, except `optim`.
+    All else is as in TRL: the algorithms and options of `GRPOConfig` work, except `optim`.
 
     Args:
-        args, kwargs: of `GRPOTrainer` and of `LongActTrainerMixin`.
+        args, kwargs: arguments of `GRPOTrainer` and of `LongActTrainerMixin`.
     """

@@ -31,37 +31,36 @@ TORCHS = dict(amsgrad=False, differentiable=False, decoupled_weight_decay=True)
 class SalientAdamW(SalientOptimizer):
     """`torch.optim.AdamW` on ordinary parameters, and AdamW on the salient rows of salient weights.
 
-    For each row i in the set of a salient weight, with a step count τ of its own (a row that enters late, or comes
-    back, gets the bias correction of its own history)::
+    Each row of a salient weight has its own step count τ, so that a row that enters the set late, or returns to it,
+    gets the right bias correction. A step updates each row in the set::
 
         τ += 1;  m = β1·m + (1−β1)·g;  v = β2·v + (1−β2)·g²
         W = (1 − lr·weight_decay)·W − lr · (m / (1−β1^τ)) / (sqrt(v / (1−β2^τ)) + eps)
 
-    All other rows keep W, m, v and τ bit for bit. With every row in the set it equals `torch.optim.AdamW`. Along
-    columns read "column" for "row".
+    All other rows keep W, m, v and τ bit for bit. With all rows in the set it equals `torch.optim.AdamW`. With
+    `axis="columns"`, read "column" for "row".
 
     Args:
-        params: parameters or parameter groups; which of them are salient is read from the model's layers.
+        params: parameters or parameter groups; the optimizer finds out by itself which of them are salient.
         lr: learning rate, a float or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
-        longact: the controller whose sets `step` refreshes; found by itself if not given.
-        state: "full" keeps moments of all rows; "compact" of the current set only: those of rows that stay are carried
-            over at a refresh, those of rows that leave are dropped.
-        master_weights: keep an fp32 copy of 16-bit parameters (of salient weights the rows with moments) and apply
-            updates to it: an update far below a weight's last 16-bit digit would else be lost to rounding. The moments
-            are then fp32 too. What else writes to such a parameter, as `load_state_dict` does, goes on from there; what
-            is written through `.data` is not seen, and undone by the next step.
-        stochastic_rounding: without a master, round updated 16-bit parameters up or down with odds that make the mean
-            exact, the same at every run.
-        moments: dtype of the moments of salient weights, and of all others too where it is bf16: half the bytes,
-            rounded stochastically.
-        foreach, fused, capturable: how ordinary parameters are stepped, as in `torch.optim.AdamW`.
+        longact: the controller whose sets `step` refreshes; by default it is found by the parameters.
+        state: "full" keeps the moments of all rows; "compact" those of the current set only. At a refresh, rows that
+            stay keep their moments, and rows that leave lose them.
+        master_weights: keep an fp32 copy of 16-bit parameters (for salient weights, of the rows with moments) and
+            update the copy. Otherwise rounding to 16 bits loses small updates. The moments are then fp32 too. If
+            something else writes to such a parameter, as `load_state_dict` does, the copy follows. What is written
+            through `.data` is not noticed, and the next step overwrites it.
+        stochastic_rounding: without an fp32 copy, round updated 16-bit parameters up or down at random, so that the
+            mean is exact. Every run rounds the same way.
+        moments: dtype of the moments of salient weights. bfloat16 applies to all weights: half the bytes, rounded
+            stochastically.
+        foreach, fused, capturable: for ordinary parameters, as in `torch.optim.AdamW`.
 
-    Not supported: `amsgrad`, `differentiable`, sparse gradients, and an optimizer stepped inside backward.
+    Not supported: `amsgrad`, `differentiable`, sparse gradients, and steps inside backward.
 
     Raises:
-        ValueError, RuntimeError: for an argument out of range, in torch's own words where it is torch's; or a `longact`
-            whose weights are not among `params`.
+        ValueError, RuntimeError: for an argument out of range, or a `longact` whose weights are not among `params`.
     """
 
     moment_names: ClassVar = ("exp_avg", "exp_avg_sq")

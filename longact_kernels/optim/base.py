@@ -109,7 +109,7 @@ class SalientOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step, after which the salient sets are refreshed on schedule.
+        """Takes one step, and refreshes the salient sets on schedule.
 
         Raises:
             RuntimeError: if a weight that was stepped as a salient one is none any more; inside a backward pass.
@@ -148,7 +148,7 @@ class SalientOptimizer(Optimizer, ABC):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every optimizer's; clears compact gradients too."""
+        """As of any optimizer; clears compact gradients too."""
         super().zero_grad(set_to_none)
         salient = salient_weights()
         ids = {id(p) for p in params_of(self.param_groups)}
@@ -417,7 +417,7 @@ class SalientOptimizer(Optimizer, ABC):
         return ours, dense
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's; it also holds the salient sets and the statistics of a refresh period under way."""
+        """As of any optimizer, with the salient sets and the statistics since the last refresh."""
         saved = super().state_dict()
         state = dict(saved["state"])
         salient = salient_weights()

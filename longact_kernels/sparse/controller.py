@@ -41,40 +41,32 @@ SINCE_0_1 = ("salient_options", "salient_before", "salient_first", "salient_time
 class LongAct:
     """Saliency-guided sparse updates of a model's query and key projections (LongAct, arXiv 2604.14922).
 
-    Finds the query and key projections, makes each a `SalientLinear` in its place, collects the magnitude of their
-    channels while the model trains, and owns the salient sets: for each head, the top `density` of its channels.
-    Gradients of the other rows are zero, so any optimizer may follow; `SalientAdamW` also leaves those rows' weights
-    and state untouched. Of a fused projection only the query and key rows are sparse; its other rows train as usual.
+    Finds the query and key projections, turns each into a `SalientLinear`, measures the magnitude of their channels
+    while the model trains, and chooses the salient sets: for each head, the top `density` of its channels. Gradients of
+    all other rows are zero, so any optimizer works. `SalientAdamW` also leaves the weights and the state of those rows
+    untouched. In a fused projection only the query and key rows are sparse; the other rows train as usual.
 
     Args:
         model: a causal language model; changed in place.
-        config: the options, in place of `options`.
+        config: the options as one object, instead of `options`.
         process_group: the ranks that train these layers together, and choose one set: a `ProcessGroup`, or a
             `DeviceMesh`; all ranks if not given. Pipeline stages, and ranks with models of their own, need one each.
-        sequence_group: the ranks that each have a part of the tokens of the same sequences (Ulysses, ring attention and
-            other context parallelism); none if not given.
-        options: the fields of `LongActConfig`, which says what they mean: `LongAct(model, density=0.3)`.
+        options: fields of `LongActConfig`, such as `density=0.3`.
 
     Attributes:
         layers: the layers with a salient set, by module name.
-        config: the options. They are fixed: for others, `restore()` and make another `LongAct`.
+        config: the options. They are fixed: to change one, call `restore()` and make another `LongAct`.
 
     Raises:
         TypeError: for an option that does not exist.
-        ValueError: for an option out of range, or a model without such projections or with them on several devices;
-            the model is left alone then.
+        ValueError: for an option out of range, a model without such projections, or one that has them on several
+            devices. The model is unchanged then.
     """
 
     config: LongActConfig
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: LongActConfig | None = None,
-        *,
-        process_group: Any = None,
-        sequence_group: Any = None,
-        **options: Any,
+        self, model: nn.Module, config: LongActConfig | None = None, *, process_group: Any = None, **options: Any
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, needed a torch.nn.Module")
@@ -89,11 +81,10 @@ class LongAct:
         self.model = model
         self._steps = 0
         self.layers: dict[str, SalientLayer] = {}
-        self.ranks = Ranks(process_group)
-        self.sequence_ranks = None if sequence_group is None else Ranks(sequence_group, "sequence_group")
-        self.call = Call(self._call_begins, self.check_trains, self.sequence_ranks)
+        self.call = Call(self._call_begins, self.check_trains)
         self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
         self.watch = Watch(config.nonfinite)
+        self.ranks = Ranks(process_group)
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
@@ -123,19 +114,19 @@ class LongAct:
 
     @classmethod
     def paper(cls, model: nn.Module, **options: Any) -> LongAct:
-        """The paper's recipe: L2 statistic, 30% of every head, from the step's own batch, anew at every step.
+        """The paper's settings: L2 statistic, 30% of each head, chosen in every step from the step's own batch.
 
-        The paper masks gradients and leaves the rest to a stock optimizer: `longact.attach(torch.optim.AdamW(...))`.
+        The paper masks gradients and uses a stock optimizer: `longact.attach(torch.optim.AdamW(...))`.
 
         Args:
-            model: as of `LongAct`.
-            options: others, or other values.
+            model: as in `LongAct`.
+            options: options to add or to override.
         """
         return cls(model, **{"density": 0.3, "statistic": "l2", "scope": "head", "selection": "current", **options})
 
     @staticmethod
     def of(model: nn.Module) -> LongAct:
-        """The controller of a model: of a copy, the copy's.
+        """The controller of a model. A copy of a model has a controller of its own.
 
         Raises:
             ValueError: if it has none.
@@ -208,7 +199,7 @@ class LongAct:
                 offsets[kind] += channels
             self.layers[projection.name] = become_salient(module, salient)
         order = None if config.site == "projection" else torch.tensor(source)
-        self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device, self.sequence_ranks)
+        self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device)
         self._chosen.begin(list(self._sets()))
         self._place(device)
         for path, of_attention in taps.items():
@@ -319,12 +310,12 @@ class LongAct:
         self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
 
     def zero_grad(self, ids: set[int] | None = None) -> None:
-        """Clears compact gradients, and forgets the batch that they and the weights' gradients came from.
+        """Clears compact gradients, and drops the batch that the gradients came from out of the statistics.
 
         `zero_grad` of the model, of `SalientAdamW` and of attached optimizers calls it.
 
         Args:
-            ids: of the parameters whose gradients have been zeroed; all if not given.
+            ids: the ids of the parameters whose gradients were zeroed; by default all.
         """
         self.drop(None if ids is None else [layer for layer in self.layers.values() if id(layer.weight) in ids])
 
@@ -332,12 +323,12 @@ class LongAct:
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps there have been."""
+        """The number of optimizer steps so far."""
         return self._steps + bool(self._stepped)
 
     @property
     def frozen(self) -> bool:
-        """Whether the sets have been chosen for good."""
+        """Whether the sets are final (`freeze_after`)."""
         freeze_after = self.config.freeze_after
         return freeze_after is not None and self.steps >= freeze_after
 
@@ -384,16 +375,16 @@ class LongAct:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zeroes the gradient rows outside the set where backward left them dense: in a first step, or with "current".
+        """Zeroes gradient rows outside the set, if backward left them dense: in a first step, or with "current".
 
-        Compact gradients are averaged over the ranks here. Call it after a step's last backward and before gradient
-        clipping; `clip_grad_norm_`, `SalientAdamW.step()` and attached optimizers call it if you did not. A second call
+        It also averages compact gradients over the ranks. Call it after the last backward of a step and before gradient
+        clipping. `clip_grad_norm_`, `SalientAdamW.step()` and attached optimizers call it if you did not. A second call
         in a step does nothing.
 
         Raises:
             RuntimeError: if there is no set yet and nothing to choose it from.
-            FloatingPointError: on a CPU, for NaN or Inf activations, if `nonfinite` is "error"; the batch is out of
-                the statistics then.
+            FloatingPointError: on a CPU, for NaN or Inf activations, if `nonfinite` is "error". The batch is dropped
+                from the statistics then.
         """
         self._settle_device()
         if self._over:  # as a rank that was fed nothing has to know, which has had no backward to tell
@@ -555,9 +546,9 @@ class LongAct:
                 self._connect()
 
     def advance(self) -> None:
-        """Ends a step that was taken by hand, without an optimizer, and refreshes the sets on schedule.
+        """Ends a step that you took without an optimizer, and refreshes the sets on schedule.
 
-        Before it: `mask_gradients()`, and whatever changes the weights by their gradients.
+        Call `mask_gradients()` first, and then update the weights.
         """
         self.batch.unseen = None
         self.end_step(None, self._bad)
@@ -590,7 +581,7 @@ class LongAct:
         self._statistics.period.buffer.zero_()
 
     def refresh(self) -> None:
-        """Chooses every layer's salient set now, from the statistics since the last refresh, and starts them anew.
+        """Chooses the salient set of each layer now, from the statistics since the last refresh, and resets them.
 
         Raises:
             RuntimeError: if there is no set yet and nothing to choose it from.
@@ -625,14 +616,14 @@ class LongAct:
         return any(id(layer.weight) in ids for layer in self.layers.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes a stock optimizer the paper's literal form: its steps see masked gradients, and refresh the sets.
+        """Connects a stock optimizer, as in the paper: its steps see masked gradients, and refresh the sets.
 
-        A second call does nothing. What resuming needs goes into the optimizer's state dict, as `longact` in its first
-        group. A deep copy or a pickle of a stock optimizer leaves its hooks behind: attach the copy's controller to it.
+        A second call does nothing. The optimizer's state dict then has what resuming needs, as `longact` in its first
+        group. A deep copy or a pickle of a stock optimizer loses its hooks: attach the copy to its own controller.
 
         Raises:
-            ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer that holds none of
-                the salient weights; or for a loaded state dict that was saved with sets of other sizes.
+            ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer without any of the
+                salient weights; or for a loaded state dict that was saved with sets of other sizes.
         """
         if not self.layers:
             self.check_trains()
@@ -665,7 +656,7 @@ class LongAct:
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` of the masked gradients, compact ones among them; returns their norm."""
+        """`torch.nn.utils.clip_grad_norm_` of the masked gradients, with compact ones; returns their norm."""
         self.mask_gradients()
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         ids = {id(p) for p in parameters}
@@ -683,18 +674,18 @@ class LongAct:
 
     @property
     def sets(self) -> dict[str, Tensor]:
-        """By layer, its salient channels, int64 ascending; layers without a set are left out."""
+        """The salient channels of each layer that has a set, int64 in ascending order."""
         self.settle()
         return {s.name: s.index[s.index >= 0] for s in self._sets() if s.chosen}
 
     @property
     def skipped(self) -> int:
-        """How many steps have changed nothing because of NaN or Inf."""
+        """The number of steps that changed nothing because of NaN or Inf."""
         self.watch.look(wait=True)
         return self.watch.skipped
 
     def saliency(self, name: str) -> Tensor | None:
-        """The statistic [channels] that the set of layer `name` was last chosen from; None before there is one."""
+        """The statistic [channels] that the set of a layer was chosen from; None before the first set."""
         self.settle()
         if name not in self.layers:
             raise KeyError(f"saliency: there is no layer {name!r}; needed one of {', '.join([*self.layers][:2])}, …")
@@ -703,17 +694,17 @@ class LongAct:
 
     @property
     def churn(self) -> dict[str, float]:
-        """By layer, 1 − Jaccard overlap of the set with the one before; empty until there are two."""
+        """1 − Jaccard overlap of each layer's set with its previous set; empty until there are two."""
         self.settle()
         return {s.name: 1 - jaccard(s.index, before) for s, before, _ in self._chosen.history() if before is not None}
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """What there is to know of every layer, as plain numpy arrays and numbers.
+        """The state of each layer, as numpy arrays and numbers.
 
         Returns:
-            By layer: `saliency`, fp32 [channels], what its set was last chosen from; `salient`, the set, ascending;
-            `heads`, how many channels each head has; `churn`, 1 − Jaccard overlap with the set before (NaN until there
-            are two); `overlap`, Jaccard overlap with the first set. Empty before the first refresh.
+            A dict for each layer, none before the first refresh. `saliency`, fp32 [channels], is what the set was
+            chosen from; `salient` the set, ascending; `heads` the number of channels of each head; `churn` 1 − Jaccard
+            overlap with the previous set (NaN until there are two); `overlap` the Jaccard overlap with the first set.
         """
         self.settle()
         saliency = self._chosen.saliency
@@ -722,12 +713,12 @@ class LongAct:
         }
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws `report()`: magnitudes by layer, head and channel with the salient ones in colour, churn and overlap.
+        """Draws `report()`: magnitudes by layer, head and channel, salient channels in colour; churn and overlap.
 
         Returns a matplotlib figure.
 
         Args:
-            path: where to save the picture as well: its ending (.png, .svg, .pdf) says as what.
+            path: a file to save the picture to; its suffix (.png, .svg, .pdf) gives the format.
 
         Raises:
             RuntimeError: before the first refresh.
@@ -746,7 +737,7 @@ class LongAct:
         return figure
 
     def restore(self) -> nn.Module:
-        """Makes plain layers of the salient ones again, and returns the model."""
+        """Turns the salient layers into plain ones again, with the same parameters, and returns the model."""
         for layer in self.layers.values():
             become_plain(layer)
         for undo in self._undo:

@@ -48,9 +48,9 @@ class SalientLayer(nn.Module):
 class SalientLinear(SalientLayer, nn.Linear):
     """An `nn.Linear` with the same parameters, state-dict keys, forward values and input gradient.
 
-    While it is training with gradients on, the magnitude of its activation is recorded for every channel, and the
-    gradient of `weight` is zero outside the salient set. `LongAct` makes one of a linear layer by giving it this class;
-    with `salient` None it is a plain `nn.Linear`.
+    In training mode with gradients on, it measures the magnitude of each channel of its activation, and the gradient of
+    `weight` is zero outside the salient set. `LongAct` turns a linear layer into one by changing its class. With
+    `salient` None it is a plain `nn.Linear`.
     """
 
 
