@@ -149,7 +149,7 @@ def _data(step, rank, world):
     }
     nested = {name: torch.nested.as_nested_tensor(parts, layout=torch.jagged) for name, parts in columns.items()}
     settings = dict(
-        use_remove_padding=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=2, temperature=1.0,
+        use_remove_padding=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=1 + step % 2, temperature=1.0,
         global_batch_size=4, pad_mode=DatasetPadMode.NO_PADDING, pad_token_id=0,
     )  # fmt: skip
     return tensordict_utils.get_tensordict(nested, settings)
