@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import scaling
 from longact_kernels import LongAct, SalientAdamW
 
 
@@ -66,3 +67,22 @@ def test_a_refresh_costs_a_rank_the_same_among_any_number(sharded, options):
     assert reduced == {"c10d.allreduce_.default": 1}
     assert many.bytes["c10d.allreduce_.default"] == few.bytes["c10d.allreduce_.default"]
     assert many.bytes["c10d.allreduce_.default"] <= 2 * (4 * channels + 64)  # given, and given back
+
+
+def test_the_page_has_what_the_shapes_say():
+    assert scaling.table() in scaling.PAGE.read_text()
+
+
+def test_every_rank_holds_what_the_page_says():
+    longact = LongAct(tiny_model("Qwen2"))
+    chosen, statistics = longact._chosen, longact._statistics
+    held = [
+        chosen.index,
+        chosen.before,
+        chosen.first,
+        chosen.saliency,
+        statistics.batch.buffer,
+        statistics.period.buffer,
+    ]
+    predicted = scaling.everywhere_bytes(statistics.channels, len(chosen.index))
+    assert sum(tensor.nbytes for tensor in held) == predicted
