@@ -2,8 +2,10 @@
 
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
 import tiny
 import torch
@@ -114,3 +116,19 @@ def test_the_blocks_of_the_page_on_loops(i, tmp_path, request):
     batches = [tokens(4, seed=seed) for seed in range(4)]
     exec(BLOCKS[i], {**names, "model": model, "batches": batches, "dataset": dataset, "args": args, "torch": torch})
     assert (model.model.layers[0].self_attn.q_proj.weight != before).any()
+
+
+def test_what_verl_reads(tmp_path, monkeypatch):
+    tiny.save(tmp_path / "model")
+    words = ["data.py", "data", "model", "--length", "600", "--train", "3", "--test", "2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", words)
+    runpy.run_path(str(EXAMPLES / "verl" / "data.py"), run_name="__main__")
+    rows = pandas.read_parquet(tmp_path / "data" / "train.parquet")
+    assert len(rows) == 3 and len(pandas.read_parquet(tmp_path / "data" / "test.parquet")) == 2
+    (message,) = rows["prompt"][0]
+    wanted = rows["reward_model"][0]["ground_truth"]
+    assert message["role"] == "user" and wanted[0] in message["content"]
+    reward = runpy.run_path(str(EXAMPLES / "verl" / "reward.py"))["compute_score"]
+    score = partial(reward, rows["data_source"][0], ground_truth=wanted, extra_info={})
+    assert score(solution_str=f"It is {wanted[0]}.") == 1 and score(solution_str="It is nothing.") == 0

@@ -6,6 +6,7 @@ pip install --no-deps verl==0.9.1 tensordict==0.10.0 ... (docs/verl.md has the r
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import tomllib
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 import verl_standin
 from torch.nn import functional as F
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels import LongAct, LongActConfig, SalientAdamW
 
 PLUGIN = "longact_kernels.integrations.verl"
 SALIENT = {"optimizer": "SalientAdamW", "optimizer_impl": "longact_kernels"}
@@ -190,6 +191,24 @@ def _load_elsewhere(optimizer, device):
         state.update({name: value.clone() for name, value in state.items()})
 
 
+def _example_config():
+    """What verl's workers get of the options of the script for 8 GPUs."""
+    import verl
+    from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
+
+    script = Path(__file__).parents[2] / "examples" / "verl" / "qwen3_8b_dapo.sh"
+    shell = f"python() {{ shift 2; printf '%s\\n' \"$@\"; }}; source {script}"
+    words = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True).stdout.splitlines()
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        config = compose("ppo_trainer", overrides=words)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    plugin = sys.modules[PLUGIN]
+    longact = plugin.longact_config(actor.optim)
+    plugin.check(longact, actor.engine)
+    return longact
+
+
 CASES = {
     "salient": ({}, SALIENT),
     "paper": ({"statistic": "l2", "selection": "current"}, SALIENT),
@@ -226,6 +245,8 @@ def _rank(rank, folder):
     results["not asked"] = _train(_engine(folder, plain), range(2), rank)
     results["verl"] = _train(_engine(folder, plain, theirs.FSDPEngineWithLMHead), range(2), rank)
 
+    results["example"] = _example_config()
+
     # Sequence parallelism: each rank has half of 33 tokens and one of padding.
     engine = _engine(folder, SALIENT | {"override_optimizer_config": {"longact": {}}}, ulysses_sequence_parallel_size=2,
                      pad_to_length=False)  # fmt: skip
@@ -248,7 +269,7 @@ def test_verls_own_engine_on_two_processes_trains_as_one_process_does(tmp_path, 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     tiny.save(tmp_path / "model")
     torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for name, (options, optimizer) in CASES.items():
         model, longact, norms = one_process(options, 4, SalientAdamW if optimizer else torch.optim.AdamW)
         weights, sets, metrics = first[name]
@@ -259,4 +280,6 @@ def test_verls_own_engine_on_two_processes_trains_as_one_process_does(tmp_path, 
     for one, other in (("on", "resumed"), ("not asked", "verl")):
         for name, weight in first[one][0].items():
             assert torch.equal(weight, first[other][0][name]), (one, name)
+    paper = LongActConfig(density=0.3, statistic="l2", scope="head", selection="current")
+    assert first["example"] == paper
     assert [first["mask"], second["mask"]] == [(17, 17, True), (16, 17, False)]

@@ -25,6 +25,12 @@ class CPUs(PlatformBase):
     def communication_backend_name(self):
         return "gloo"
 
+    def visible_devices_envvar(self):
+        return "VISIBLE_CPUS"
+
+    def ray_noset_envvars(self):
+        return []
+
 
 CPUs.__abstractmethods__ = frozenset()  # the others are not asked here, or have nothing to do
 set_platform(CPUs())
