@@ -42,7 +42,20 @@ def connect(longact: LongAct, optimizer: Any) -> None:
         longact.attach(optimizer)
 
 
-def mean_churn(longact: LongAct) -> dict[str, float]:
-    """The mean churn over the layers, for a log; nothing before there are two sets."""
-    churn = longact.churn
-    return {"churn": sum(churn.values()) / len(churn)} if churn else {}
+def metrics_of(longact: LongAct, optimizer: Any = None) -> dict[str, float]:
+    """What a log gets of a training.
+
+    Returns:
+        `churn`, the mean over the layers, once there are two sets; `skipped`, how many steps have changed nothing
+        because of NaN or Inf, once there are some; `updates_lost`, the share of a 16-bit weight's last update that
+        rounded to nothing, where `SalientAdamW` keeps no master of it.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    churn, lost = longact.churn, getattr(optimizer, "updates_lost", None)
+    found = {"churn": sum(churn.values()) / len(churn)} if churn else {}
+    if longact.watch.skipped:
+        found["skipped"] = longact.watch.skipped
+    if lost is not None:
+        found["updates_lost"] = float(lost)
+    return found

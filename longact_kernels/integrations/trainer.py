@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from longact_kernels import LongAct, SalientAdamW
-from longact_kernels.integrations.common import check_model, connect, mean_churn
+from longact_kernels.integrations.common import check_model, connect, metrics_of
 from longact_kernels.sparse.config import LongActConfig
 
 
@@ -41,10 +41,11 @@ class LongActCallback(TrainerCallback):
             )
         connect(self.longact, optimizer)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" in logs:
-            logs |= mean_churn(self.longact)
-            state.log_history[-1] |= mean_churn(self.longact)
+            metrics = metrics_of(self.longact, optimizer)
+            logs |= metrics
+            state.log_history[-1] |= metrics
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.restore:
@@ -110,6 +111,12 @@ class LongActTrainerMixin:
             connect(self.longact, optimizer)
         return optimizer
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.longact is not None:
+            self.longact.look_at(loss)
+        return loss
+
     def _clip_grad_norm(self, model):
         # The norm that clipping sees must be that of the update: rows outside the salient sets do not count.
         if self.longact is None:
@@ -121,7 +128,7 @@ class LongActTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.longact is not None and "loss" in logs:
-            logs |= mean_churn(self.longact)
+            logs |= metrics_of(self.longact, self.optimizer)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -15,7 +15,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 
 from longact_kernels import LongAct, LongActConfig
-from longact_kernels.integrations.common import connect, mean_churn
+from longact_kernels.integrations.common import connect, metrics_of
 from longact_kernels.sparse.config import make_config
 from longact_kernels.sparse.tokens import Tokens
 
@@ -86,7 +86,7 @@ class LongActEngine(FSDPEngineWithLMHead):
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         outputs = super().train_batch(data, loss_function)
         if self.longact is not None and self.is_mp_src_rank_with_outputs():
-            outputs["metrics"] |= {f"longact/{name}": [value] for name, value in mean_churn(self.longact).items()}
+            outputs["metrics"] |= {f"longact/{name}": [value] for name, value in metrics_of(self.longact).items()}
         return outputs
 
 

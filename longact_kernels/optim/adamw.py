@@ -102,6 +102,7 @@ class SalientAdamW(SalientOptimizer):
         super()._forget()
         self._plans: dict[Any, AdamWPlan] = {}
         self._warned = False
+        self.updates_lost: Tensor | None = None  # the share of a weight's last update that rounded to nothing
 
     # Ordinary parameters: torch's own AdamW
 
@@ -203,7 +204,7 @@ class SalientAdamW(SalientOptimizer):
             weights, grads, index, states = (list(column) for column in zip(*launch, strict=True))
             index = index if index[0] is not None else []  # none: whole weights
             masters = [state["master"] for state in states if "master" in state]
-            watch = dtype in HALF and not masters and not self.stochastic_rounding and not self._warned
+            watch = dtype in HALF and not masters and not self.stochastic_rounding
             watched = weights[0].clone() if watch and not group["capturable"] and lr > 0 else None
             held = [
                 weights,
@@ -227,11 +228,16 @@ class SalientAdamW(SalientOptimizer):
                 0 if self.stochastic_rounding or moments == torch.bfloat16 else None,
             )
             if watched is not None:
-                self._warn_if_lost(watched, weights[0], grads[0], found_inf)
+                self._note_lost(watched, weights[0], grads[0], found_inf)
 
-    def _warn_if_lost(self, before: Tensor, after: Tensor, grad: Tensor, found_inf: Tensor | None) -> None:
-        """Looks once at what a first update did to a 16-bit weight without a master."""
-        if found_inf is not None and found_inf.item():
+    def _note_lost(self, before: Tensor, after: Tensor, grad: Tensor, found_inf: Tensor | None) -> None:
+        """Looks at what an update did to a 16-bit weight without a master; says, once, if it was nothing."""
+        asked = grad.count_nonzero().clamp(min=1)
+        lost = (1 - (before != after).count_nonzero() / asked).clamp(min=0)
+        if found_inf is not None and self.updates_lost is not None:
+            lost = torch.where(found_inf == 0, lost, self.updates_lost)
+        self.updates_lost = lost
+        if self._warned or (found_inf is not None and found_inf.item()):
             return
         self._warned = True
         if torch.equal(before, after) and grad.any():

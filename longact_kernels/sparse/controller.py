@@ -6,7 +6,8 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
 from longact_kernels.sparse.config import LongActConfig, difference, field_names, make_config, numbers_of
-from longact_kernels.sparse.finite import Watch
+from longact_kernels.sparse.finite import Found, Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import Projection, find_projections
 from longact_kernels.sparse.registry import controllers, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
-from longact_kernels.sparse.sharding import Ranks, is_sharded
+from longact_kernels.sparse.sharding import Ranks, is_sharded, local
 from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
 from longact_kernels.sparse.statistics import STATISTICS, Statistics
 from longact_kernels.sparse.stock import Attached
@@ -98,9 +99,8 @@ class LongAct:
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._over = False  # whether they have all, since gradients have been zeroed
         self._masked = False  # whether its sets have been chosen, and its gradients masked
-        self._bad: Tensor | None = None  # whether its activations are bad, on the device
-        self._bad_dense: Tensor | None = None  # and its gradients that were masked, whose names are
-        self._dense: list[str] = []
+        self._found: Found | None = None  # what of its numbers has been looked at then
+        self._losses: list[Tensor] = []
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -299,7 +299,8 @@ class LongAct:
         if everything or not self.batch.present:
             self._chosen.take_back()
             self.batch.clear()
-            self._masked, self._bad, self._bad_dense = False, None, None
+            self._masked, self._found = False, None
+            self._losses.clear()
             if self.compact is not None:
                 self.compact.reduced = self.compact.clipped = False
 
@@ -415,17 +416,18 @@ class LongAct:
             if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
                 self.drop()
                 self.watch.post(flags, self._names, self._steps + 1)
-            self._bad = flags.any()
+            self._found = Found(flags, flags.any())
             # Masking would hide some of them.
-            grads = {s.name: p.grad for s, p in self._weights() if not s.active and p.grad is not None}
-            self._bad_dense = gradients.nonfinite(grads.values()) if grads else None
-            self._dense = [f"{name}.weight" for name in grads]
+            grads = {f"{s.name}.weight": p.grad for s, p in self._weights() if not s.active and p.grad is not None}
+            if grads:
+                self._found.grads, self._found.names = gradients.nonfinite(grads.values()), list(grads)
         among = [not layer.salient.active for layer in layers]
         if not any(among):
             return
         self._chosen.save()
         measured = self._statistics.measure("batch")
-        self._chosen.choose(measured, self._steps, None if all(among) else among, self._bad)
+        bad = None if self._found is None else self._found.bad
+        self._chosen.choose(measured, self._steps, None if all(among) else among, bad)
         outside = self._chosen.outside()
         for layer, dense in zip(layers, among, strict=True):
             if not dense:
@@ -434,13 +436,19 @@ class LongAct:
             if salient.chosen:
                 salient.active = True
                 gradients.mask_(layer, outside)
-            elif layer.weight.grad is not None and (self._bad is None or not self._bad):
+                self._found_grad(layer.weight.grad)
+            elif layer.weight.grad is not None and (bad is None or not bad):
                 raise RuntimeError(
                     f"LongAct: {salient.name} has a gradient, but no activation statistics to choose its salient set "
                     "from; they are collected while the layer is in training mode (model.train())"
                 )
             if self.config.selection == "lagged":
                 self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
+
+    def _found_grad(self, grad: Tensor | None) -> None:
+        """Says that a gradient is what was looked at, but for the channels outside its set."""
+        if self._found is not None and grad is not None and not is_sharded(grad):
+            self._found.versions[id(grad)] = grad._version
 
     def mask_again(self, ids: set[int]) -> None:
         """Zeroes what has come to the gradients of some weights, given by id, since and lies outside the sets."""
@@ -465,7 +473,24 @@ class LongAct:
         return self._chosen.by_layer(self._statistics.bad())
 
     def _names(self, layer: int) -> str:
-        return f"the activations of {list(self.layers)[layer]}"
+        return self._bad_weight() or f"the activations of {list(self.layers)[layer]}"
+
+    def _bad_weight(self) -> str | None:
+        """The first weight that is bad itself, which no step can mend; for a message, when numbers are bad."""
+        weights = {name: local(p.detach()) for name, p in self.model.named_parameters()}
+        bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        return f"the weight {bad[0]} itself, which a checkpoint has to be loaded for," if bad else None
+
+    def look_at(self, loss: Tensor) -> None:
+        """Has a loss looked at with the other numbers of its step: it may be NaN or Inf where its gradients are not.
+
+        `LongActTrainerMixin` calls it.
+
+        Args:
+            loss: of one element, of a batch that goes through backward.
+        """
+        if self.config.nonfinite != "off":
+            self._losses.append(loss.detach().reshape(()).to(self._chosen.device, torch.float32))
 
     def name_of(self, p: Tensor) -> str:
         """The name of a parameter of the model, for a message."""
@@ -487,21 +512,33 @@ class LongAct:
         """
         if self.config.nonfinite == "off":
             return None
-        device = self._chosen.device
-        found = gradients.nonfinite(grads) if grads else torch.zeros(0, dtype=torch.bool, device=device)
-        if any(map(is_sharded, grads)):
-            shared = found.int()
-            self.ranks.all_reduce(shared, "max")
-            found = shared > 0
-        names = []
-        if grads and self._bad_dense is not None:
-            found, names = torch.cat((self._bad_dense, found)), [f"the gradient of {name}" for name in self._dense]
-        if self._bad is not None:
-            found, names = torch.cat((self._bad.view(1), found)), ["activations", *names]
+        fresh: Sequence[int] = range(len(grads))
+        looked, flags = self._found, []
+        names: list[Callable[[], str]] = []
+        if looked is not None:
+            flags, names = [looked.layers], [partial(self._names, i) for i in range(len(self.layers))]
+        if looked is not None and looked.grads is not None and grads:
+            flags.append(looked.grads)
+            names += [partial("the gradient of {}".format, name) for name in looked.names]
+            fresh = [i for i, grad in enumerate(grads) if looked.versions.get(id(grad)) != grad._version]
+        if self._losses:
+            flags.append(~torch.stack(self._losses).isfinite())
+            names += [lambda: "the loss"] * len(self._losses)
+        if fresh:
+            found = gradients.nonfinite([grads[i] for i in fresh])
+            if any(is_sharded(grads[i]) for i in fresh):
+                shared = found.int()
+                self.ranks.all_reduce(shared, "max")
+                found = shared > 0
+            flags.append(found)
+        if not flags:
+            return None
 
         def name(i: int) -> str:
-            return names[i] if i < len(names) else f"the gradient of {name_of(i - len(names))}"
+            of_grad = i - len(names)
+            return names[i]() if of_grad < 0 else self._bad_weight() or f"the gradient of {name_of(fresh[of_grad])}"
 
+        found = torch.cat(flags)
         try:
             self.watch.post(found, name, self._steps + 1)
         except FloatingPointError:
@@ -551,7 +588,7 @@ class LongAct:
         Call `mask_gradients()` first, and then update the weights.
         """
         self.batch.unseen = None
-        self.end_step(None, self._bad)
+        self.end_step(None, None if self._found is None else self._found.bad)
         self.settle()
 
     @property
@@ -569,7 +606,8 @@ class LongAct:
         due = self._due
         self._steps += 1
         self._masked = False
-        self._bad = self._bad_dense = None
+        self._found = None
+        self._losses.clear()
         if self.config.selection == "lagged" and due:
             self._choose_by_period()
         if self.compact is not None:
@@ -595,10 +633,9 @@ class LongAct:
         if self.config.nonfinite == "error" and flags.any():
             self.drop()
             self.watch.post(flags, self._names, self._steps + 1)
-        self._bad = None if self.config.nonfinite == "off" else flags.any()
-        self._statistics.commit(self._bad)
-        self._choose_by_period(self._bad)
-        self._bad = None
+        bad = None if self.config.nonfinite == "off" else flags.any()
+        self._statistics.commit(bad)
+        self._choose_by_period(bad)
         for salient in self._sets():
             salient.active = salient.chosen and self.config.selection == "lagged"
 

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from longact_kernels.sparse.config import Nonfinite
+
+
+@dataclass
+class Found:
+    """What has been looked at in the step under way, before its gradients were masked: flags on the device.
+
+    Attributes:
+        layers: bool [layers], whether their activations are bad.
+        bad: whether those of any are.
+        grads: bool [gradients], whether those that masking would hide are bad; None if there are none.
+        names: of those, the parameters'.
+        versions: of those, by id, since when they need not be looked at again.
+    """
+
+    layers: Tensor
+    bad: Tensor
+    grads: Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    versions: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass

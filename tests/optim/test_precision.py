@@ -1,10 +1,12 @@
 """16-bit weights, bf16 moments, stochastic rounding, and GradScaler."""
 
+import warnings
+
 import pytest
 import torch
 from models import backward, tiny_model, tokens
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels import LongAct, LongActWarning, SalientAdamW
 
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
@@ -166,3 +168,28 @@ def test_what_somebody_else_writes_to_a_weight_stays(state):
         assert torch.equal(p, kept[0] if p is untouched else start), name
     # Digits below the weight's last one, which was written with the value that it had.
     assert torch.equal(optimizer.state[untouched]["master"], kept[1])
+
+
+def test_updates_that_round_to_nothing_are_counted():
+    """Without a master: the share of a weight's elements with a gradient that an update leaves as they are."""
+    from longact_kernels.integrations.common import metrics_of
+
+    shares = {}
+    for lr in (1e-9, 3e-2):
+        model = tiny_model().bfloat16()
+        longact = LongAct(model)
+        optimizer = SalientAdamW(model.parameters(), lr=lr, weight_decay=0.0, master_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LongActWarning)
+            for seed in range(2):
+                backward(model, tokens(seed=seed))
+                optimizer.step()
+                optimizer.zero_grad()
+        shares[lr] = metrics_of(longact, optimizer)["updates_lost"]
+    assert shares[1e-9] > 0.95 and shares[3e-2] < 0.2, shares
+    model = tiny_model().bfloat16()
+    longact = LongAct(model)
+    optimizer = SalientAdamW(model.parameters(), lr=1e-9)
+    backward(model, tokens(seed=0))
+    optimizer.step()
+    assert "updates_lost" not in metrics_of(longact, optimizer)

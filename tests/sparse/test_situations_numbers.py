@@ -374,3 +374,63 @@ def test_the_trainer_is_told(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d"):
         trainer.train()
     assert_unchanged(model, trainer.before)
+
+
+def test_a_loss_that_is_nan_where_its_gradients_are_not():
+    """As a constant in it may be: a loop tells of its loss, and the step does nothing."""
+    for nonfinite in ("error", "skip", "off"):
+        model, longact, optimizer = salient_run(nonfinite=nonfinite)
+        train(model, optimizer, range(2))
+        before = weights(model)
+        loss = loss_of(model(input_ids=tokens(seed=9)).logits, tokens(seed=9)) + NAN
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        longact.look_at(loss)
+        if nonfinite == "error":
+            with pytest.raises(FloatingPointError, match="in the loss at step 3"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        if nonfinite != "off":
+            assert_unchanged(model, before)
+            assert longact.skipped == 1
+        train(model, optimizer, range(2, 4))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_bad_itself_is_named(name):
+    model, _, optimizer = salient_run()
+    train(model, optimizer, range(2))
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = NAN
+    backward(model, tokens(seed=5))
+    with pytest.raises(FloatingPointError, match=rf"the weight {name} itself, which a checkpoint"):
+        optimizer.step()
+
+
+def test_every_bad_layer_is_known_on_the_device():
+    """What a GPU posts, and reads a step later: a flag a layer, not one for all of them."""
+    model, longact, optimizer = salient_run(nonfinite="skip")
+    posted = []
+    longact.watch.post = lambda flags, names, step: posted.append([names(int(i)) for i in flags.nonzero().flatten()])
+    train(model, optimizer, range(2))
+    poisoned("activation", NAN)(model, tokens(seed=99))
+    optimizer.step()
+    layers = [name for name in posted[-1] if name.startswith("the activations of ")]
+    assert "the activations of model.layers.1.self_attn.q_proj" in layers
+    assert "the activations of model.layers.0.self_attn.q_proj" not in layers
+
+
+@pytest.mark.parametrize("selection", ["lagged", "current"])
+def test_a_gradient_is_looked_at_once_in_a_step(monkeypatch, selection):
+    from longact_kernels.sparse import gradients
+
+    looked = []
+    real = gradients.nonfinite
+    monkeypatch.setattr(
+        gradients, "nonfinite", lambda grads: looked.extend(map(id, grads := list(grads))) or real(grads)
+    )
+    model, _, optimizer = salient_run(selection=selection)
+    train(model, optimizer, range(1))
+    assert len(looked) == len(set(looked)) == len(list(model.parameters()))

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from longact_kernels.integrations.generation import generate
 from longact_kernels.integrations.prompts import Prompt, encode_prompts
+from longact_kernels.integrations.rewards import checked, missing, name_of, none_at_all
 from longact_kernels.tasks.rewards import Reward
 
 
@@ -47,11 +48,14 @@ def evaluate(
     Args:
         model, tokenizer: what to evaluate.
         rows: with `prompt`, and what else the reward wants.
-        reward: called as TRL calls it; `None`, for what it cannot score, counts as 0.
+        reward: called as TRL calls it; None or NaN, for what it cannot score, counts as 0.
         max_completion_length: new tokens at most.
         eos_token_id: the tokens that end an answer.
         batch_size: prompts at a time.
         advance: called with the number of prompts done after each batch.
+
+    Raises:
+        ValueError: the reward did not return a number, or None, for each completion, or nothing but None.
     """
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
@@ -61,6 +65,7 @@ def evaluate(
     )
     rewards: list[float] = []
     completions: list[str] = []
+    look, scored = checked(reward), False
     was_training = model.training
     model.eval()
     try:
@@ -71,17 +76,20 @@ def evaluate(
                 ids = generate(model, encode_prompts(tokenizer, prompts), config)
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 columns = {key: [row[key] for row in batch] for key in batch[0] if key != "prompt"}
-                scores = reward(
+                scores = look(
                     prompts=prompts,
                     completions=[in_form_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
                     completion_ids=ids,
                     **columns,
                 )
-                rewards += [float(score or 0) for score in scores]
+                scored |= not all(map(missing, scores))
+                rewards += [0.0 if missing(score) else score for score in scores]
                 completions += texts
                 advance(len(batch))
     finally:
         model.train(was_training)
+    if rows and not scored:
+        raise none_at_all([name_of(reward)], len(rows))
     return Evaluation(rewards, completions)
 
 
