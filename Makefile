@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test lint bench docs gpu clean
+.PHONY: demo test lint bench docs gpu release clean
 
 demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 5 minutes on 2 cores
 	$(BIN)/longact train --config configs/demo.yaml
@@ -21,11 +21,17 @@ bench: .venv/.bench  ## benchmarks beside the peers; ARGS=--full for more
 docs: .venv/.docs  ## the documentation site, in build/docs; warnings and dead links are errors
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
+release: .venv/.release  ## wheel and sdist in dist/, both checked: metadata, an installation of each, the sdist's tests
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/check_release.py dist
+
 gpu:  ## on a GPU, with its own Python and no installation: tests, sanitizers, measured times beside the predicted ones
 	$(PYTHON) -m bench.gpu --out runs/gpu $(ARGS)
 
 # One stamp for each set of packages; a later set contains the earlier ones.
-.venv/.demo .venv/.test .venv/.bench .venv/.docs .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+.venv/.demo .venv/.test .venv/.bench .venv/.docs .venv/.release .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing longact_kernels[$*] into .venv (minutes, the first time)"
 	@$(INSTALL) -e ".[$*]"
@@ -33,4 +39,4 @@ gpu:  ## on a GPU, with its own Python and no installation: tests, sanitizers, m
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

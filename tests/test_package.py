@@ -1,8 +1,16 @@
-"""The wheel, installed outside the checkout, has everything a user needs."""
+"""The wheel and the sdist have everything that a user and a developer need, and say of themselves what is true."""
 
+import email
+import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
+
+import pytest
+
+from longact_kernels import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,12 +30,45 @@ assert (pathlib.Path(longact_kernels.__file__).parent / "py.typed").exists()
 """
 
 
-def test_wheel_runs_a_kernel_outside_the_checkout(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("longact_kernels-*.whl")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT], check=True)
+    (made,) = folder.glob("longact_kernels-*.whl")
+    return made
+
+
+def test_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        about = email.message_from_bytes(archive.read(f"longact_kernels-{__version__}.dist-info/METADATA"))
+    assert about["Version"] == __version__
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == __version__
+    assert about["Author"] and about.get_all("Project-URL") and about["License-Expression"] == "Apache-2.0"
+    # What an index page shows leads nowhere that is in the repository only.
+    page = about.get_payload()
+    assert page.startswith("# longact_kernels") and len(page) > 2000
+    assert all(re.match("https?:|#", target) for target in re.findall(r"\]\(([^)]*)\)", page))
+
+
+def test_sdist_has_every_file_of_the_repository(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    listed = subprocess.run(["git", "ls-files"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    there = {path for path in listed.splitlines() if (ROOT / path).exists()}
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {path for path in there - held if not path.startswith(".git")} == set()
+    assert not any(name.endswith((".pyc", ".whl")) or "__pycache__" in name for name in held)
+
+
+def test_wheel_runs_a_kernel_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    subprocess.run([*PIP, "install", "--no-deps", "--target", site, wheel], check=True)
     packages = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "longact_kernels").rglob("__init__.py")}
     installed = {p.parent.relative_to(site).as_posix() for p in site.rglob("__init__.py")}
     assert packages | {"longact_kernels/csrc_triton"} == installed
