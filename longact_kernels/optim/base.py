@@ -21,7 +21,7 @@ from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
-from longact_kernels.sparse.sharding import is_sharded, local, local_channels, zeros_by_channel
+from longact_kernels.sparse.sharding import bounds, is_sharded, local, local_channels, zeros_by_channel
 
 State = Literal["full", "compact"]
 Salient = dict[int, tuple[LongAct, SalientLayer]]
@@ -292,7 +292,8 @@ class SalientOptimizer(Optimizer, ABC):
             self._run(group, of_axis, axis, self.compact, grad_scale, found_inf)
 
     def _local_index(self, p: Any, salient: SalientSet) -> Tensor:
-        index = local_channels(p, salient.index, salient.dim)
+        start, count = bounds(p, salient.dim)
+        index = local_channels(salient.index, start, count, salient.most(start, start + count))
         return self._local.setdefault(p, torch.empty_like(index)).copy_(index)
 
     # State

@@ -11,6 +11,7 @@ from torch import nn
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.projections import Projection
 from longact_kernels.sparse.sharding import is_sharded
+from longact_kernels.sparse.tensor_parallel import wrapped_forward
 
 
 def projections(found: list[Projection]) -> None:
@@ -24,7 +25,7 @@ def projections(found: list[Projection]) -> None:
         raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
     for one in found:
         weight = one.module.get_parameter("weight")
-        if "forward" in vars(one.module):
+        if "forward" in vars(one.module) and wrapped_forward(one.module) is None:
             raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(

@@ -163,7 +163,10 @@ class LongAct:
         total = sum(channels for layer in groups for channels, _ in layer)
         self._chosen = ChosenSets(self._select, total, config.ema, device)
         self._of_tap: list[tuple[Tap, int]] = []
-        for projection, layer, own in zip(projections, groups, self._chosen.parts(self._chosen.index), strict=True):
+        parts_of_index = self._chosen.parts(self._chosen.index)
+        for projection, layer, own, limits in zip(
+            projections, groups, parts_of_index, self._select.limits, strict=True
+        ):
             module, start = projection.module, len(source)
             heads = [channels for channels, _ in layer]
             # One segment a kind, in the order of its heads; away from the projection, nothing feeds those of no kind.
@@ -178,6 +181,7 @@ class LongAct:
                 segments=slice(len(sizes), len(sizes) + len(by_kind)),
                 heads=heads,
                 size=len(own),
+                limits=limits,
                 axis=config.axis,
                 transposed=projection.transposed,
                 call=self.call,
@@ -410,7 +414,7 @@ class LongAct:
         if self.compact is not None:
             self.compact.reduce()
         if not self.frozen:
-            self._statistics.join(self.ranks.all_reduce)
+            self._join()
         if self.config.nonfinite != "off":
             flags = self._bad_layers()
             if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
@@ -449,6 +453,11 @@ class LongAct:
         """Says that a gradient is what was looked at, but for the channels outside its set."""
         if self._found is not None and grad is not None and not is_sharded(grad):
             self._found.versions[id(grad)] = grad._version
+
+    def _join(self) -> None:
+        """Takes the batch over all ranks; of those that have parts of a layer, each has counted its sequences."""
+        shares = [s.share for s in self._sets() for _ in range(s.segments.start, s.segments.stop)]
+        self._statistics.join(self.ranks.all_reduce, shares)
 
     def mask_again(self, ids: set[int]) -> None:
         """Zeroes what has come to the gradients of some weights, given by id, since and lies outside the sets."""
@@ -558,7 +567,7 @@ class LongAct:
         """
         first = not self._stepped
         if first and not (self._masked or self.frozen):
-            self._statistics.join(self.ranks.all_reduce)
+            self._join()
         if first and bad is not None:
             self._chosen.take_back(bad)
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
@@ -628,7 +637,7 @@ class LongAct:
         self.settle()
         if self.ranks.alone and self.idle:
             self._raise_idle("refresh()")
-        self._statistics.join(self.ranks.all_reduce)
+        self._join()
         flags = self._bad_layers()
         if self.config.nonfinite == "error" and flags.any():
             self.drop()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from longact_kernels.functional import project
 from longact_kernels.sparse.salient_set import SalientSet
+from longact_kernels.sparse.sharding import is_sharded
+from longact_kernels.sparse.tensor_parallel import project_part, wrapped_forward
 
 
 class SalientLayer(nn.Module):
@@ -40,9 +42,10 @@ class SalientLayer(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         tokens = salient.call.tokens_now() if salient.stats is not None else None
-        if tokens is None:
-            return project(x, weight, bias, salient)
-        return project(x, weight, bias, salient, salient.stats.l2, *tokens.of(x, salient.stats.l2, salient.name))
+        counted = () if tokens is None else (salient.stats.l2, *tokens.of(x, salient.stats.l2, salient.name))
+        if is_sharded(weight):
+            return project_part(x, weight, bias, salient, *counted)
+        return project(x, weight, bias, salient, *counted)
 
 
 class SalientLinear(SalientLayer, nn.Linear):
@@ -63,6 +66,8 @@ def become_salient(module: nn.Module, salient: SalientSet) -> SalientLayer:
     module.__class__ = SalientConv1D if salient.transposed else SalientLinear
     assert isinstance(module, SalientLayer)
     module.salient = salient
+    if (cell := wrapped_forward(module)) is not None:
+        cell.cell_contents = module.__class__.forward.__get__(module)
     return module
 
 
@@ -71,3 +76,5 @@ def become_plain(layer: SalientLayer) -> None:
     plain = layer.salient.plain
     del layer.salient
     layer.__class__ = plain  # type: ignore[assignment]
+    if (cell := wrapped_forward(layer)) is not None:
+        cell.cell_contents = plain.forward.__get__(layer)

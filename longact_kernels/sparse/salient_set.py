@@ -25,6 +25,7 @@ class SalientSet:
         channels, segments: the projection's part of the statistics: channels, and segments of such.
         heads: how many channels each head has.
         size: how many channels the set holds.
+        limits: of which ranges of channels it holds how many at most.
         axis: what a channel is: one of the projection's output ("rows") or input ("columns").
         transposed: whether the weight is stored [in_features, out_features].
         call: the model call under way.
@@ -36,6 +37,7 @@ class SalientSet:
         grad: the fp32 accumulator of the set's gradient, where those are kept in place of whole gradients.
         has_grad: whether backward has put something there since it was last zeroed.
         version: grows whenever the set may have changed.
+        share: which part of the projection's channels this rank computes (tensor parallelism).
         passes: the layer's own passes through backward.
         token: what compiled code writes to in place of all that it cannot see.
     """
@@ -46,6 +48,7 @@ class SalientSet:
     segments: slice
     heads: list[int]
     size: int
+    limits: list[tuple[list[tuple[int, int]], int]]
     axis: Axis
     transposed: bool
     call: Call
@@ -57,6 +60,7 @@ class SalientSet:
     grad: Tensor | None = None
     has_grad: bool = False
     version: int = 0
+    share: float = 1.0
     passes: Pass = field(default_factory=Pass)
     token: Tensor = field(init=False)
 
@@ -74,6 +78,12 @@ class SalientSet:
         self.__dict__.update(state)
         self.key = next(_keys)  # a copy is another set
         _by_key[self.key] = self
+
+    def most(self, start: int, stop: int) -> int:
+        """How many of the channels from start to stop can be in the set at once."""
+        return sum(
+            min(count, sum(max(0, min(b, stop) - max(a, start)) for a, b in ranges)) for ranges, count in self.limits
+        )
 
     def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
         """Called by the layer's backward: takes the statistics in; returns the channels to compute, None for all."""

@@ -16,6 +16,9 @@ from longact_kernels.sparse.rotary import rotary_pairs
 ChannelGroup = tuple[int, str | None]
 """Neighbouring channels of one head: how many, and what they compete with (None: always in the set)."""
 
+Limit = tuple[list[tuple[int, int]], int]
+"""Ranges of channels that compete with one another, and how many of them a set has at most."""
+
 
 def share(density: float, channels: int) -> int:
     """How many of so many channels are salient: at least one."""
@@ -66,6 +69,7 @@ class Selection:
 
     Attributes:
         sizes: of every layer's set.
+        limits: for each layer what competes in it: ranges of its channels, and how many of those a set has at most.
     """
 
     def __init__(
@@ -88,21 +92,28 @@ class Selection:
         self.counts: list[int] = []
         kinds: list[int] = []  # how many units each kind of each layer has
         self.sizes: list[int] = []
+        self.limits: list[list[Limit]] = []
         first: list[int] = []  # of every place in the sets, its layer's first channel
         start = 0
         for layer, own in enumerate(layers):
             bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in own), initial=start)))
             before = len(dense), sum(self.counts)
+            ranges = [((a - start, b - start), kind) for (a, b), (_, kind) in zip(bounds, own, strict=True)]
+            limits = [([bound], bound[1] - bound[0]) for bound, kind in ranges if kind is None]
             for kind in sorted({kind for _, kind in own if kind is not None}):
                 heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, own, strict=True) if of == kind]
                 if partners is not None:
                     heads = [_paired(head, partners[layer], start) for head in heads]
                 if scope != "head":
                     heads = [[channel for head in heads for channel in head]]
-                for head in heads:
+                of_kind = [bound for bound, of in ranges if of == kind]
+                for head, competing in zip(
+                    heads, [[one] for one in of_kind] if scope == "head" else [of_kind], strict=True
+                ):
                     channels += head
                     self.groups.append(len(head) // self.width)
                     self.counts.append(share(within, len(head) // self.width))
+                    limits.append((competing, self.width * self.counts[-1]))
                 kinds.append(sum(map(len, heads)) // self.width)
             dense += [
                 channel
@@ -112,6 +123,7 @@ class Selection:
             ]
             end = bounds[-1][1]
             self.sizes.append(len(dense) - before[0] + self.width * (sum(self.counts) - before[1]))
+            self.limits.append(limits)
             bottom += [start - 1] * (end - start)
             first += [start] * self.sizes[-1]
             start = end

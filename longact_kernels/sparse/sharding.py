@@ -91,38 +91,51 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def local_channels(weight: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """The channels of a set that lie on this rank, counted from its first, behind empty slots (-1) for the others."""
-    if not is_sharded(weight):
-        return rows
-    start, count = _bounds(weight, dim)
-    return torch.where((rows >= start) & (rows < start + count), rows - start, -1).sort().values
+def local_channels(index: Tensor, start: int, count: int, most: int) -> Tensor:
+    """The channels of a set that lie among `count` ones from `start`, counted from there, behind empty slots (-1).
+
+    Args:
+        most: how many they can be.
+    """
+    here = (index >= start) & (index < start + count)
+    return torch.where(here, index - start, -1).sort().values[len(index) - most :]
 
 
 def local_mask(weight: Tensor, mask: Tensor, dim: int) -> Tensor:
     """The part of a mask over a weight's channels that is this rank's."""
     if not is_sharded(weight):
         return mask
-    start, count = _bounds(weight, dim)
+    start, count = bounds(weight, dim)
     return mask[start : start + count]
 
 
 def zeros_by_channel(weight: Any, dim: int, dtype: torch.dtype) -> Tensor:
     """A zero for each of a weight's channels, sharded as they are."""
     channels = torch.zeros(local(weight).shape[dim], dtype=dtype, device=weight.device)
-    if is_sharded(weight):
-        from torch.distributed.tensor import DTensor, Shard
+    if not is_sharded(weight) or all(shard_dim(placement) != dim for placement in weight.placements):
+        return channels
+    from torch.distributed.tensor import DTensor
 
-        if Shard(dim) not in weight.placements:
-            return channels
-        placements = [Shard(0) if placement == Shard(dim) else placement for placement in weight.placements]
-        shape = torch.Size([weight.shape[dim]])
-        return DTensor.from_local(channels, weight.device_mesh, placements, shape=shape, stride=(1,))
-    return channels
+    shape = torch.Size([weight.shape[dim]])
+    return DTensor.from_local(channels, weight.device_mesh, along(weight.placements, dim), shape=shape, stride=(1,))
 
 
-def _bounds(weight: Any, dim: int) -> tuple[int, int]:
+def shard_dim(placement: Any) -> int | None:
+    """The dimension that a placement splits; None for one that splits none. FSDP2 strides over tensor parallelism's."""
+    return None if placement.is_replicate() or placement.is_partial() else placement.dim
+
+
+def along(placements: Any, dim: int) -> list[Any]:
+    """How a tensor of one dimension is placed that follows dimension `dim` of another."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Replicate() if shard_dim(one) != dim else one if dim == 0 else Shard(0) for one in placements]
+
+
+def bounds(weight: Any, dim: int) -> tuple[int, int]:
     """This rank's first channel and number of channels."""
+    if not is_sharded(weight):
+        return 0, weight.shape[dim]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

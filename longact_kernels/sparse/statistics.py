@@ -173,16 +173,19 @@ class Statistics:
         self.statistic.merge_all_(self._waiting)
         self._waiting.clear()
 
-    def join(self, all_reduce: Callable[[Tensor, str], None]) -> None:
+    def join(self, all_reduce: Callable[[Tensor, str], None], shares: list[float]) -> None:
         """Takes the batch over all ranks; what comes after it counts with the next one.
 
         Args:
             all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
+            shares: which part of each segment's channels is measured on this rank.
         """
         self.merge_waiting()
         batch, joined = self.batch.buffer, self.joined.buffer
         joined.copy_(batch)
         batch.zero_()
+        if self.statistic.join == "sum" and min(shares) < 1:
+            joined[self.channels :] *= torch.tensor(shares, device=joined.device)  # how many sequences there were
         # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
         all_reduce(joined.view(torch.int32) if self.statistic.join == "max" else joined, self.statistic.join)
 
