@@ -52,6 +52,8 @@ class LongAct:
         config: the options as one object, instead of `options`.
         process_group: the ranks that train these layers together, and choose one set: a `ProcessGroup`, or a
             `DeviceMesh`; all ranks if not given. Pipeline stages, and ranks with models of their own, need one each.
+        sequence_group: the ranks that each have a part of the tokens of the same sequences (Ulysses, ring attention and
+            other context parallelism); none if not given.
         options: fields of `LongActConfig`, such as `density=0.3`.
 
     Attributes:
@@ -67,7 +69,13 @@ class LongAct:
     config: LongActConfig
 
     def __init__(
-        self, model: nn.Module, config: LongActConfig | None = None, *, process_group: Any = None, **options: Any
+        self,
+        model: nn.Module,
+        config: LongActConfig | None = None,
+        *,
+        process_group: Any = None,
+        sequence_group: Any = None,
+        **options: Any,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}, needed a torch.nn.Module")
@@ -82,10 +90,11 @@ class LongAct:
         self.model = model
         self._steps = 0
         self.layers: dict[str, SalientLayer] = {}
-        self.call = Call(self._call_begins, self.check_trains)
+        self.ranks = Ranks(process_group)
+        self.sequence_ranks = None if sequence_group is None else Ranks(sequence_group, "sequence_group")
+        self.call = Call(self._call_begins, self.check_trains, self.sequence_ranks)
         self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
         self.watch = Watch(config.nonfinite)
-        self.ranks = Ranks(process_group)
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
@@ -203,7 +212,7 @@ class LongAct:
                 offsets[kind] += channels
             self.layers[projection.name] = become_salient(module, salient)
         order = None if config.site == "projection" else torch.tensor(source)
-        self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device)
+        self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device, self.sequence_ranks)
         self._chosen.begin(list(self._sets()))
         self._place(device)
         for path, of_attention in taps.items():

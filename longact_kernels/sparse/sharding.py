@@ -16,6 +16,7 @@ class Ranks:
 
     Args:
         group: a `ProcessGroup`, or a `DeviceMesh` for all ranks of its own; None for all that there are.
+        name: of the argument that it comes from, for errors.
 
     Attributes:
         common: what they must all have in common, compared before they first meet; None for nothing.
@@ -24,13 +25,12 @@ class Ranks:
         TypeError: for a group of another kind, such as one that this rank is not in.
     """
 
-    def __init__(self, group: Any = None):
+    def __init__(self, group: Any = None, name: str = "process_group"):
         if hasattr(group, "get_group"):
             group = (group if group.ndim == 1 else group._flatten()).get_group()
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"process_group: got {group!r}, needed a torch.distributed.ProcessGroup that this rank is in, or a "
-                "DeviceMesh"
+                f"{name}: got {group!r}, needed a torch.distributed.ProcessGroup that this rank is in, or a DeviceMesh"
             )
         self.group = group
         self.common: list[str] | None = None
@@ -50,6 +50,16 @@ class Ranks:
             self._compare(tensor.device)
             op = dist.ReduceOp.MAX if join == "max" else dist.ReduceOp.SUM
             dist.all_reduce(tensor, op, self.group)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all of them, one behind another along the last dimension."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, -1)
+
+    def own(self, gathered: Tensor) -> Tensor:
+        """This rank's part of what `gather` gives."""
+        return gathered.chunk(self.size, -1)[dist.get_rank(self.group)]
 
     def share(self, tensor: Tensor) -> None:
         """Gives all of them the first one's values."""

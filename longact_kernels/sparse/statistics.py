@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.sparse.flat import Flat
+from longact_kernels.sparse.sharding import Ranks
 
 Waiting = tuple[Mapping[str, Tensor], Tensor, Tensor]
 """The arguments of `Statistic.merge_`."""
@@ -91,20 +92,21 @@ class Running:
     """What the activation of one segment is merged into.
 
     Args:
-        statistic, kept: as of `Statistic.merge_`.
-        waiting: what is merged at the end of the backward pass under way.
+        statistics: of all segments.
+        kept: as of `Statistic.merge_`.
     """
 
-    def __init__(self, statistic: Statistic, kept: Mapping[str, Tensor], waiting: list[Waiting]):
-        self.statistic, self.kept, self.waiting = statistic, kept, waiting
-        self.l2 = statistic.l2
+    def __init__(self, statistics: Statistics, kept: Mapping[str, Tensor]):
+        self.statistics, self.kept = statistics, kept
+        self.l2 = statistics.statistic.l2
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
-        self.statistic.merge_(self.kept, absmax, sumsq)
+        self.merge_at_end(absmax, sumsq)
+        self.statistics.merge_waiting()
 
     def merge_at_end(self, absmax: Tensor, sumsq: Tensor) -> None:
         """`merge_`, with what other segments measure in the same backward pass: a few operations serve all layers."""
-        self.waiting.append((self.kept, absmax, sumsq))
+        self.statistics.waiting.append((self.kept, absmax, sumsq))
 
 
 class Measured:
@@ -131,10 +133,21 @@ class Statistics:
         source: int64 [channels of all layers], for each the place in the segments where it is measured; None where the
             two have one order.
         device: where they lie; see `move`.
+        sequence_ranks: which each have a part of the tokens of the same sequences; None where each has whole ones.
+
+    Attributes:
+        waiting: what is merged at the end of the backward pass under way.
     """
 
-    def __init__(self, statistic: Statistic, sizes: list[int], source: Tensor | None, device: torch.device):
-        self.statistic, self.segments = statistic, len(sizes)
+    def __init__(
+        self,
+        statistic: Statistic,
+        sizes: list[int],
+        source: Tensor | None,
+        device: torch.device,
+        sequence_ranks: Ranks | None,
+    ):
+        self.statistic, self.segments, self.sequence_ranks = statistic, len(sizes), sequence_ranks
         shapes = {
             (field, segment): (size,) if per == "channel" else ()
             for field, per in statistic.fields.items()
@@ -143,7 +156,7 @@ class Statistics:
         self.batch, self.joined, self.period = (Flat(shapes, device) for _ in range(3))
         self.sizes = torch.tensor(sizes)
         self.source = source
-        self._waiting: list[Waiting] = []
+        self.waiting: list[Waiting] = []
         self.move(device)
         self.channels = sum(sizes)
 
@@ -161,17 +174,24 @@ class Statistics:
     def running(self, segment: int) -> Running:
         """What the activation of a segment is merged into."""
         kept = {field: self.batch.parts[field, segment] for field in self.statistic.fields}
-        return Running(self.statistic, kept, self._waiting)
+        return Running(self, kept)
 
     def merge_waiting(self) -> None:
         """Merges what the backward pass that has ended, or failed, has measured."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        for _, *measured in self._waiting if self.device.type == "cuda" else ():
+        for _, *measured in self.waiting if self.device.type == "cuda" else ():
             for tensor in measured:  # made on the stream of its forward
                 tensor.record_stream(torch.cuda.current_stream())
-        self.statistic.merge_all_(self._waiting)
-        self._waiting.clear()
+        waiting = self.waiting.copy()
+        self.waiting.clear()
+        if self.statistic.l2 and self.sequence_ranks is not None:
+            sizes = [sumsq.numel() for *_, sumsq in waiting]
+            whole = torch.cat([sumsq.flatten() for *_, sumsq in waiting])
+            self.sequence_ranks.all_reduce(whole, "sum")
+            parts = zip(waiting, whole.split(sizes), strict=True)
+            waiting = [(kept, absmax, part.view_as(sumsq)) for (kept, absmax, sumsq), part in parts]
+        self.statistic.merge_all_(waiting)
 
     def join(self, all_reduce: Callable[[Tensor, str], None], shares: list[float]) -> None:
         """Takes the batch over all ranks; what comes after it counts with the next one.

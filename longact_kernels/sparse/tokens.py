@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from longact_kernels.sparse.sharding import Ranks
+
 _MARK = "_longact_tokens"
 
 
@@ -112,10 +114,12 @@ class Call:
         refuse: called when something else trains all the same, in two calls one after the other: a model may be frozen
             for a pass, as in adversarial training.
         by_hand: whether attention has been called outside of any call that says something.
+        ranks: which each have a part of the tokens of every sequence; None where each has whole ones.
     """
 
-    def __init__(self, begin: Callable[[], None], refuse: Callable[[], None]):
+    def __init__(self, begin: Callable[[], None], refuse: Callable[[], None], ranks: Ranks | None = None):
         self.begin, self.refuse = begin, refuse
+        self.ranks = ranks
         self.idle = False
         self.idle_calls = 0
         self.by_hand = False
@@ -162,7 +166,11 @@ class TellingForward:
             call.begin()
         outer = call.tokens
         # Names by place, and not inspect.Signature.bind: torch.compile follows it.
-        call.tokens = _read({**dict(zip(self.names, args, strict=False)), **kwargs}, outer)
+        said = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call.tokens = _read(said, outer)
+        if outer.positions is None and call.tokens.positions is not None:
+            pad = getattr(getattr(self.module, "config", None), "pad_token_id", None)
+            call.tokens = _packed(call.tokens, said.get("input_ids"), pad or 0, call.ranks)
         call.depth += 1
         try:
             outputs = self.__wrapped__(*args, **kwargs)
@@ -259,6 +267,38 @@ def _read(said: Mapping[str, Any], outer: Tokens) -> Tokens:
         f"attention_mask: got a {kind}, which does not tell LongAct which tokens are padding; needed [batch, tokens] "
         "with zeros on padding, or position_ids or cu_seq_lens_q beside it"
     )
+
+
+def _packed(tokens: Tokens, ids: Any, pad: int, ranks: Ranks | None) -> Tokens:
+    """The tokens of a call that told positions: without padding at the end, and whole where ranks have parts of them.
+
+    Some pad packed rows to a length, as verl does: a sequence of nothing but padding, 0 or `pad`, ends the row.
+    """
+    positions, mask, bounds = tokens.positions, tokens.mask, tokens.cu_seqlens
+    assert positions is not None
+    whole = positions if ranks is None else ranks.gather(positions)
+    begins = whole == 0
+    if mask is None and bounds is None and isinstance(ids, Tensor) and ids.shape == positions.shape:
+        ids = ids if ranks is None else ranks.gather(ids)
+        is_pad = ((ids == 0) | (ids == pad)).int()
+        at_end = is_pad.flip(-1).cumprod(-1).flip(-1).bool()
+        first = begins & at_end
+        first[..., 0] = False
+        counts = first.int().cumsum(-1) == 0
+        mask = counts if ranks is None else ranks.own(counts)
+    if ranks is not None and bounds is None:
+        begins[..., 0] = False
+        falls = whole[..., 1:] < whole[..., :-1]
+        if begins.any() and (falls & ~begins[..., 1:]).any():
+            raise ValueError(
+                "position_ids: ranks of the sequence_group have packed sequences in parts that do not follow one "
+                "another (load balancing of context parallelism); needed parts in the order of the ranks"
+            )
+        begins[..., 0] = True
+        numbers = begins.flatten().cumsum(0).view(begins.shape) - 1
+        sequences = torch.arange(int(numbers[-1, -1]) + 2, device=numbers.device)
+        bounds = torch.searchsorted(ranks.own(numbers).flatten(), sequences)
+    return Tokens(mask, positions, bounds, tokens.rows_only)
 
 
 def _of_queries(mask: Tensor) -> Tensor:

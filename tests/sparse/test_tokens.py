@@ -12,10 +12,10 @@ IDS = torch.zeros(2, 3, dtype=torch.long)
 MASK = torch.tensor([[0, 1, 1], [1, 1, 1]])
 
 
-def taken(*args, l2=True, **kwargs) -> tuple:
+def taken(*args, l2=True, pad=None, **kwargs) -> tuple:
     """Mask and bounds of an activation inside a model's call."""
     seen = []
-    model = tiny_model()
+    model = tiny_model(pad_token_id=pad)
     call = Call(lambda: None, lambda: None)
     tell_tokens(model, call)
     model.model.layers[0].self_attn.q_proj.register_forward_hook(
@@ -38,16 +38,30 @@ def test_a_call_without_gradients_says_nothing():
 
 
 def test_packed_sequences_by_their_positions_and_by_their_bounds():
-    ids = torch.zeros(1, 6, dtype=torch.long)
+    ids = torch.ones(1, 6, dtype=torch.long)
     assert taken(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 0]]))[1].tolist() == [0, 3, 5, 6]
     # The rest of a sequence whose beginning lies in a cache.
     assert taken(ids, position_ids=torch.tensor([[4, 5, 6, 0, 1, 2]]))[1].tolist() == [0, 3, 6]
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
     assert taken(ids, position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]), cu_seq_lens_q=bounds)[1] is bounds
     # Every row begins a sequence, and the largest magnitude asks for none.
-    two = torch.zeros(2, 3, dtype=torch.long)
+    two = torch.ones(2, 3, dtype=torch.long)
     assert taken(two, position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]))[1].tolist() == [0, 2, 3, 6]
-    assert taken(two, position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]), l2=False) == (None, None)
+    assert taken(two, position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]), l2=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "counted"),
+    [
+        ([5, 6, 0, 0, 0], [0, 1, 0, 1, 2], [1, 1, 0, 0, 0]),
+        ([5, 9, 9, 0, 9], [0, 1, 2, 0, 0], [1, 1, 1, 0, 0]),  # 9 is the model's; a sequence may end with it
+        ([5, 6, 0, 7, 0], [0, 1, 0, 1, 2], [1, 1, 1, 1, 1]),
+        ([0, 0, 0, 0, 0], [0, 1, 2, 3, 4], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_padding_that_ends_a_packed_row_does_not_count(ids, positions, counted):
+    mask, _ = taken(torch.tensor([ids]), pad=9, position_ids=torch.tensor([positions]), l2=False)
+    assert mask.int().tolist() == [counted]
 
 
 def queries(mask: torch.Tensor, unmasked: bool) -> torch.Tensor:
