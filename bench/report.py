@@ -156,8 +156,10 @@ def _panels(plt, curves: dict, colours: dict[str, str], about: dict, path: Path)
     """One picture: a panel for each (title, x axis), a line for each contender."""
     figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), squeeze=False, layout="constrained")
     for panel, (key, lines) in zip(panels[0], curves.items(), strict=True):
-        for contender, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=contender, color=colours[contender])
+        for i, (contender, points) in enumerate(lines.items()):
+            # A line that another one hides is thicker, and shows on both sides of it.
+            look = {"marker": "o", "color": colours[contender], "lw": 1.5 + 2.5 * (len(lines) - 1 - i) / len(lines)}
+            panel.plot(*zip(*sorted(points), strict=True), label=contender, **look)
         panel.set(title=key[0], xlabel=key[1], ylabel="MiB" if key[0] == "Optimizer state" else "milliseconds")
         if key[1] != "density":
             panel.set(xscale="log", yscale="log")
@@ -166,7 +168,7 @@ def _panels(plt, curves: dict, colours: dict[str, str], about: dict, path: Path)
             panel.minorticks_off()
         else:
             panel.set_ylim(bottom=0)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", frameon=True, framealpha=0.9)
     figure.suptitle(f"{_machine(about)}, torch {about['versions']['torch']}", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

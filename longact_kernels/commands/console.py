@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options)
+        super().__init__(*args, **options | {"allow_abbrev": False})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
         """As argparse's, but a misspelt option is told first, with the nearest that there is."""

@@ -167,7 +167,7 @@ def finish_comparison(
         "differences": [{**asdict(row), "difference": row.difference} for row in differences],
     }
     write_json(output / "comparison.json", content)
-    draw = partial(draw_comparison, *labels, differences)
+    draw = partial(draw_comparison, labels[0], labels[1], differences)
     pages = write_page(output, "comparison", f"{labels[0]} and {labels[1]}", about, rows, notes, draw)
     return [*pages, output / "comparison.json"]
 

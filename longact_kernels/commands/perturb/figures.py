@@ -24,9 +24,10 @@ def perturbation(results: dict) -> Figure:
             above.plot([arm["perplexity"] for arm in arms], [place] * len(arms), "o", ms=4, color="0.15")
         highest = max(arm["perplexity"] for arm in arms)
         value = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-        above.text(1.15 * highest, place, value if len(arms) == 1 else f"mean {value}", va="center")
-    above.set(xscale="log", xlabel="perplexity (log; lower is better)")
-    above.set_xlim(1, 6 * max(means))
+        above.text(1.3 * highest, place, value if len(arms) == 1 else f"geometric mean {value}", va="center")
+    dots = "; dots: seeds" if any(len(arms) > 1 for arms in groups.values()) else ""
+    above.set(xscale="log", xlabel=f"perplexity (log; lower is better{dots})")
+    above.set_xlim(1, 20 * max(means))
 
     for place, arms in zip(places, groups.values(), strict=True):
         mean = np.mean([arm["accuracy"] for arm in arms])

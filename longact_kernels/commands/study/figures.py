@@ -22,7 +22,7 @@ def found_arms(study: Study, results: list[dict]) -> dict[str, list[dict]]:
 def scores(study: Study, results: list[dict]) -> Figure:
     """By arm the final scores, and their differences from dense over the same seeds, with 95% confidence intervals."""
     arms = found_arms(study, results)
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.34 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.34 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     dense = {one["seed"]: one["score"] for one in arms.get(DENSE, [])}
     for place, (name, found) in enumerate(arms.items()):
@@ -40,6 +40,7 @@ def scores(study: Study, results: list[dict]) -> Figure:
     what = "held-out accuracy" if study.evaluate is None else "score"
     left.set_xlabel(f"{what} after {study.options['max_steps']} steps")
     right.set_xlabel("difference from dense, same seeds")
+    figure.supxlabel("diamonds: means, bars: their 95% confidence intervals, dots: runs", fontsize=10)
     for axes in (left, right):
         # Of two runs, the interval may be wider than all there is to see.
         places = np.concatenate([one.get_xdata() for one in axes.lines if one.get_marker() == "o"])
@@ -69,14 +70,15 @@ def curves(study: Study, results: list[dict]) -> Figure:
     panels = figure.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
     for axes, (name, found) in zip(panels.flat, shown.items(), strict=False):
         seeds = {one["seed"] for one in found}
-        line(axes, [one for one in arms.get(DENSE, []) if one["seed"] in seeds], "C3", ":")
         line(axes, found, "C0", "-")
+        # Above, where it is dotted: an arm that is as dense training is shows through.
+        line(axes, [one for one in arms.get(DENSE, []) if one["seed"] in seeds], "C3", ":")
         axes.set_title(f"{name}, {len(seeds)} seeds", fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("training step (dotted red: dense, same seeds)", fontsize=10)
+    figure.supxlabel("training step (blue: the arm; dotted red: dense, same seeds; bands: 95% confidence)", fontsize=10)
     figure.supylabel("held-out accuracy gained", fontsize=10)
     return figure
 

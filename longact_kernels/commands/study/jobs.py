@@ -178,7 +178,7 @@ class Training:
             first = run.train()
         if run.interrupt.asked:
             return None
-        last = run.folder.evaluation("after", lambda: run.evaluate("after"))
+        last = run.evaluate("after")
         run.finish(first, last)
         metrics = read_metrics(run.folder.metrics)
         summary = read_json(run.folder.path / "summary.json")

@@ -281,7 +281,7 @@ class TrainParser(Parser, TrlParser):
 class HelpAll(argparse.Action):
     """`--help-all`: TRL's options as well."""
 
-    def __call__(self, parser, *_) -> NoReturn:
+    def __call__(self, parser, *_) -> None:
         parser.all = True
         parser.print_help()
         parser.exit()

@@ -55,8 +55,8 @@ class Run:
         arguments, training, console = self.arguments, self.training, self.console
         check_packages(training)
         self.reward = reward_of(arguments)
-        check_lengths(arguments, training)
         prompts = read_sources(arguments)
+        check_lengths(arguments, training)
         self.interrupt = GracefulInterrupt(console)
         self.progress = TrainingProgress(console)
         hide_library_bars()

@@ -36,8 +36,7 @@ def available() -> bool:
         import numba
     except ImportError as error:
         warnings.warn(
-            f"without numba ({error}) work on a CPU takes up to several times as long; "
-            "pip install 'longact_kernels[cpu]'",
+            f"without numba ({error}) work on a CPU takes up to several times as long; pip install numba",
             LongActWarning,
             stacklevel=2,
         )
