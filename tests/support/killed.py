@@ -10,6 +10,10 @@ import time
 import types
 from pathlib import Path
 
+from longact_kernels.cli import main
+from longact_kernels.commands.train import run  # noqa: F401  for each fork to have it
+from longact_kernels.commands.train.trainer import DriverTrainer
+
 
 def reward(completions, **_):
     texts = [completion[0]["content"] for completion in completions]
@@ -36,9 +40,6 @@ def train(words: list[str], log: Path, kill: tuple[str, float] | None = None) ->
 
 
 def _train(words: list[str], log: Path, kill: tuple[str, float] | None) -> int:
-    from longact_kernels.cli import main
-    from longact_kernels.commands.train.trainer import DriverTrainer
-
     sys.modules["reward_of_this_test"] = types.SimpleNamespace(reward=reward)  # type: ignore[assignment]
     quiet = os.open(log.with_suffix(".out"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(quiet, 1)
