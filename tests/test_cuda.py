@@ -15,6 +15,7 @@ import exact_interpreter  # noqa: F401
 import pytest
 import torch
 from models import backward, checkpoint_activations, tiny_model, tokens
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
 
 from longact_kernels import LongAct, SalientAdamW
@@ -601,3 +602,41 @@ def test_another_device_is_the_current_one():
     with torch.cuda.device(1):
         elsewhere = train("cuda:0")
     assert_trained_alike(elsewhere, train("cuda:0"))
+
+
+# Offloading between steps, as verl does it
+
+
+def trained_sharded(offload, dtype):
+    model = tiny_model("Qwen2").to(DEVICE, dtype)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    longact = LongAct(model, refresh_every=2)
+    optimizer = SalientAdamW(model.parameters(), lr=3e-2)
+    for step in range(5):
+        backward(model, tokens(seed=step).to(DEVICE))
+        longact.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if offload:
+            for device in ("cpu", DEVICE):
+                model.to(device, non_blocking=True)
+                for state in optimizer.state.values():
+                    # Where there is no GPU, to another address.
+                    moved = {name: (held if ON_GPU else held.clone()).to(device) for name, held in state.items()}
+                    state.update(moved)
+    return [p.full_tensor() for p in model.parameters()], longact.sets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_state_may_be_elsewhere_between_steps(dtype, tmp_path):
+    torch.distributed.init_process_group(
+        "nccl" if ON_GPU else "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        (weights, sets), (expected, expected_sets) = (trained_sharded(offload, dtype) for offload in (True, False))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same_bits(weights, expected)
+    assert_same_bits(list(sets.values()), list(expected_sets.values()))

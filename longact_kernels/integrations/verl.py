@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
@@ -17,7 +16,6 @@ from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 from longact_kernels import LongAct, LongActConfig
 from longact_kernels.integrations.common import connect, metrics_of
 from longact_kernels.sparse.config import make_config
-from longact_kernels.sparse.tokens import Tokens
 
 OPTIONS = "override_optimizer_config"
 
@@ -45,14 +43,14 @@ class LongActEngine(FSDPEngineWithLMHead):
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):
         self._longact_config = None if engine_config.forward_only else longact_config(optimizer_config)
         if self._longact_config is not None:
-            check(self._longact_config, engine_config)
+            check(engine_config)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         if self._longact_config is None:
             return super()._build_optimizer(module)
         # Here the weights are sharded; before, they are on the meta device but for those of rank 0.
-        self.longact = LongAct(module, self._longact_config)
+        self.longact = LongAct(module, self._longact_config, sequence_group=self.ulysses_parallel_group)
         override = self.optimizer_config.override_optimizer_config
         others = {name: value for name, value in override.items() if name != "longact"}
         optimizer = build_optimizer(
@@ -60,23 +58,6 @@ class LongActEngine(FSDPEngineWithLMHead):
         )
         connect(self.longact, optimizer)
         return optimizer
-
-    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        inputs, outputs = super().prepare_model_inputs(micro_batch)
-        if self.longact is not None:
-            # Read by the call of the model that follows: its own arguments do not tell padding from a last sequence.
-            self.longact.call.tokens = Tokens(self._mask(inputs["input_ids"], outputs.get("pad_size", 0)))
-        return inputs, outputs
-
-    def _mask(self, ids: Tensor, pad_size: int) -> Tensor | None:
-        """False on the padding behind a packed batch, of which sequence parallelism has cut this rank's part."""
-        if not pad_size:
-            return None
-        parts = self.ulysses_sequence_parallel_size
-        rank = self.ulysses_device_mesh["sp"].get_local_rank() if self.use_ulysses_sp else 0
-        tokens = ids.shape[-1]
-        place = torch.arange(rank * tokens, (rank + 1) * tokens, device=ids.device)
-        return (place < parts * tokens - pad_size).expand_as(ids)
 
     def optimizer_step(self) -> float:
         if self.longact is not None:
@@ -111,7 +92,7 @@ def longact_config(optimizer_config: Any) -> LongActConfig | None:
     return make_config(dict(override["longact"]))
 
 
-def check(config: LongActConfig, engine_config: Any) -> None:
+def check(engine_config: Any) -> None:
     """Whether LongAct goes with an engine's options.
 
     Raises:
@@ -125,9 +106,4 @@ def check(config: LongActConfig, engine_config: Any) -> None:
         raise ValueError(
             "offload_policy: got True, which keeps weights on the CPU and activations on the GPU; needed False, with "
             "param_offload=True and optimizer_offload=True where memory is short"
-        )
-    if config.statistic == "l2" and (parts := engine_config.ulysses_sequence_parallel_size) > 1:
-        raise ValueError(
-            f"statistic: 'l2' is a norm over whole sequences, which ulysses_sequence_parallel_size={parts} cuts; "
-            "needed 'absmax', or ulysses_sequence_parallel_size=1"
         )

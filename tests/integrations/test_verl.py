@@ -20,8 +20,18 @@ from torch.nn import functional as F
 
 from longact_kernels import LongAct, LongActConfig, SalientAdamW
 
+EPS = 1e-3  # gradients of nearly nothing do not make steps of a whole learning rate
 PLUGIN = "longact_kernels.integrations.verl"
 SALIENT = {"optimizer": "SalientAdamW", "optimizer_impl": "longact_kernels"}
+
+
+def made_model():
+    """Of the tests' other ones, but with query and key gradients that show in the norm of all."""
+    model = tiny.model()
+    for name, p in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            p.data *= 30
+    return model
 
 
 def sequences(step, lengths=(5, 9, 7, 12)):
@@ -31,9 +41,9 @@ def sequences(step, lengths=(5, 9, 7, 12)):
 
 def one_process(options, steps, optimizer=SalientAdamW, offset=0):
     """Each sequence by itself, without padding: what a packed and padded batch on several ranks must equal."""
-    model = tiny.model()
+    model = made_model()
     longact = LongAct(model, **options)
-    made = optimizer(model.parameters(), lr=1e-2)
+    made = optimizer(model.parameters(), lr=1e-2, eps=EPS)
     if optimizer is not SalientAdamW:
         longact.attach(made)
     norms = []
@@ -88,12 +98,12 @@ def standin_loss(logits, ids, lengths=(5, 9, 7, 12)):
     ids=["salient", "the paper's options", "stock"],
 )
 def test_a_packed_and_padded_batch_trains_as_its_sequences_do(plugin, options, optimizer):
-    config = verl_standin.FSDPOptimizerConfig(**optimizer, override_optimizer_config={"longact": options})
-    engine = plugin.LongActEngine(tiny.model(), verl_standin.engine_config(), config, None)
+    config = verl_standin.FSDPOptimizerConfig(**optimizer, override_optimizer_config={"longact": options, "eps": EPS})
+    engine = plugin.LongActEngine(made_model(), verl_standin.engine_config(), config, None)
     engine.initialize()
     metrics = [engine.train_batch(sequences(step), standin_loss)["metrics"] for step in range(4)]
     model, longact, norms = one_process(options, 4, SalientAdamW if optimizer else torch.optim.AdamW)
-    assert [one["grad_norm"] for one in metrics] == pytest.approx(norms, rel=1e-4)
+    assert [one["grad_norm"] for one in metrics] == pytest.approx(norms, rel=2e-4)
     assert metrics[-1]["longact/churn"] == pytest.approx([sum(longact.churn.values()) / len(longact.churn)])
     assert_trained_alike(dict(engine.module.named_parameters()), engine.longact.sets, model, longact)
 
@@ -117,11 +127,6 @@ def test_it_is_verls_engine_where_nobody_asks(plugin):
     [
         ({"override_optimizer_config": {"longact": {}}}, {"strategy": "fsdp"}, "^strategy: got 'fsdp'.*needed 'fsdp2'"),
         ({"override_optimizer_config": {"longact": {}}}, {"offload_policy": True}, "^offload_policy: got True"),
-        (
-            {"override_optimizer_config": {"longact": {"statistic": "l2"}}},
-            {"ulysses_sequence_parallel_size": 2},
-            "^statistic: 'l2' .* needed 'absmax'",
-        ),
         ({"override_optimizer_config": {"longact": {"density": 2}}}, {}, "^density: got 2"),
         ({"override_optimizer_config": {"longact": {"densty": 0.3}}}, {}, "did you mean 'density'"),
         ({"override_optimizer_config": {"longact": True}}, {}, r"^override_optimizer_config.longact: got True"),
@@ -205,7 +210,7 @@ def _example_config():
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     plugin = sys.modules[PLUGIN]
     longact = plugin.longact_config(actor.optim)
-    plugin.check(longact, actor.engine)
+    plugin.check(actor.engine)
     return longact
 
 
@@ -227,7 +232,7 @@ def _rank(rank, folder):
     theirs.load_fsdp_optimizer = _load_elsewhere
     results = {}
     for name, (longact, optimizer) in CASES.items():
-        engine = _engine(folder, optimizer | {"override_optimizer_config": {"longact": longact}})
+        engine = _engine(folder, optimizer | {"override_optimizer_config": {"longact": longact, "eps": EPS}})
         assert type(engine) is LongActEngine
         results[name] = _train(engine, range(4), rank)
     results["sent"] = [name for name, _ in engine.get_per_tensor_param()[0]]
@@ -247,15 +252,20 @@ def _rank(rank, folder):
 
     results["example"] = _example_config()
 
-    # Sequence parallelism: each rank has half of 33 tokens and one of padding.
-    engine = _engine(folder, SALIENT | {"override_optimizer_config": {"longact": {}}}, ulysses_sequence_parallel_size=2,
-                     pad_to_length=False)  # fmt: skip
-    from verl.utils.ulysses import set_ulysses_sequence_parallel_group
-
-    set_ulysses_sequence_parallel_group(engine.ulysses_parallel_group)
-    engine.prepare_model_inputs(_data(0, 0, 1))
-    mask = engine.longact.call.tokens.mask
-    results["mask"] = mask.sum().item(), mask.shape[1], mask[0, -1].item()
+    # Sequence parallelism: each rank has half of 33 tokens and one of padding. (Attention on CPUs knows nothing of it.)
+    engine = _engine(
+        folder,
+        SALIENT | {"override_optimizer_config": {"longact": {}}},
+        ulysses_sequence_parallel_size=2,
+        pad_to_length=False,
+    )
+    masks = []
+    engine.module.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda *_: masks.append(engine.longact.call.tokens.mask)
+    )
+    with engine.train_mode():
+        engine.module(**engine.prepare_model_inputs(_data(0, 0, 1))[0])
+    results["mask"] = masks[0].tolist()
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -267,7 +277,7 @@ def test_verls_own_engine_on_two_processes_trains_as_one_process_does(tmp_path, 
     monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "nvidia")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    tiny.save(tmp_path / "model")
+    made_model().save_pretrained(tiny.save(tmp_path / "model"))
     torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for name, (options, optimizer) in CASES.items():
@@ -282,4 +292,4 @@ def test_verls_own_engine_on_two_processes_trains_as_one_process_does(tmp_path, 
             assert torch.equal(weight, first[other][0][name]), (one, name)
     paper = LongActConfig(density=0.3, statistic="l2", scope="head", selection="current")
     assert first["example"] == paper
-    assert [first["mask"], second["mask"]] == [(17, 17, True), (16, 17, False)]
+    assert [first["mask"], second["mask"]] == [[[True] * 17], [[True] * 16 + [False]]]

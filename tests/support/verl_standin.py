@@ -45,7 +45,7 @@ class FSDPEngineWithLMHead:
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.engine_config, self.optimizer_config = engine_config, optimizer_config
         self.module = model_config  # verl has a path there
-        self.ulysses_sequence_parallel_size, self.use_ulysses_sp = 1, False
+        self.ulysses_parallel_group = None
 
     def initialize(self):
         self.optimizer = self._build_optimizer(self.module)
@@ -78,7 +78,7 @@ class FSDPEngineWithLMHead:
 
 
 def engine_config(**options):
-    default = {"strategy": "fsdp2", "forward_only": False, "offload_policy": False, "ulysses_sequence_parallel_size": 1}
+    default = {"strategy": "fsdp2", "forward_only": False, "offload_policy": False}
     return SimpleNamespace(**default | options)
 
 
