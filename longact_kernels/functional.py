@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longact_kernels.ops import carry_, channel_stats, linear_stats, salient_wgrad, select, sparse_adamw_
+from longact_kernels.ops.arguments import check_tensor
 
 __all__ = [
     "RunningStats",
@@ -100,7 +101,13 @@ def observe(
 
     Returns:
         `y`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming them.
     """
+    check_tensor("y", y)
+    check_tensor("channels", y if channels is None else channels, y.device)
+    _check_stats(stats, (y if channels is None else channels).shape[-1:])
     return _Observe.apply(y, stats, mask, cu_seqlens, (y if channels is None else channels).detach())
 
 
@@ -271,6 +278,57 @@ def salient_linear(
 
     Returns:
         y [..., T, N].
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming them.
     """
+    _check_linear(x, weight, bias, rows, stats, axis, transposed, grad)
     l2 = None if stats is None else stats.l2
     return project(x, weight, bias, _Given(rows, stats, axis, transposed, grad), l2, mask, cu_seqlens)
+
+
+def _check_linear(x, weight, bias, rows, stats, axis, transposed, grad) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        check_tensor(name, tensor, None if tensor is x else x.device)
+    if axis not in ("rows", "columns"):
+        raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[not transposed] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x, weight: got {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, needed [..., T, K] and "
+            f"{'[K, N]' if transposed else '[N, K]'} of one dtype"
+        )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: got {x.dtype}, needed fp32, fp16 or bf16")
+    N, K = weight.shape[::-1] if transposed else weight.shape
+    if bias is not None:
+        check_tensor("bias", bias, x.device)
+        if bias.shape != (N,) or bias.dtype != x.dtype:
+            raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, needed {x.dtype} [{N}]")
+    if rows is not None:
+        check_tensor("rows", rows, x.device)
+        if rows.ndim != 1 or rows.dtype != torch.int64:
+            raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}, needed torch.int64 [S]")
+    if stats is not None:
+        _check_stats(stats, (N if axis == "rows" else K,))
+    if grad is not None:
+        check_tensor("grad", grad, x.device)
+        shape = None if rows is None else [len(rows), K] if axis == "rows" else [N, len(rows)]
+        if shape is None or list(grad.shape) != (shape[::-1] if transposed else shape) or grad.dtype != torch.float32:
+            raise ValueError(
+                f"grad: got {grad.dtype} {list(grad.shape)}, needed torch.float32 of the channels in `rows` alone"
+            )
+
+
+def _check_stats(stats: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(stats, RunningStats):
+        if not hasattr(stats, "merge_"):
+            raise TypeError(f"stats: got a {type(stats).__name__}, needed RunningStats")
+        return
+    for name, tensor, needed in zip(stats._fields, stats, (shape, shape, ()), strict=True):
+        if tensor is None and (name == "l2_sum" or stats.l2_sum is None):
+            continue
+        check_tensor(f"stats.{name}", tensor, stats.absmax.device)
+        if tensor.shape != needed or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"stats.{name}: got {tensor.dtype} {list(tensor.shape)}, needed torch.float32 {list(needed)}"
+            )

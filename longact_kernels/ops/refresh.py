@@ -53,7 +53,7 @@ def _whole_numbers(name: str, numbers: int | Sequence[int]) -> list[int]:
     try:
         return [operator.index(number) for number in (numbers if isinstance(numbers, Sequence) else [numbers])]
     except TypeError:
-        raise TypeError(f"{name}: got {numbers!r}, needed a whole number, or a list of some") from None
+        raise TypeError(f"{name}: got a {type(numbers).__name__}, needed a whole number, or a list of some") from None
 
 
 @torch.library.custom_op("longact::select", mutates_args=())

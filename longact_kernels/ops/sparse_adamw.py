@@ -139,7 +139,11 @@ class AdamWPlan:
         if torch.compiler.is_compiling():
             torch.ops.longact.sparse_adamw_.default(*call)
             return
-        layout = GradLayout.of(call.grads)
+        try:
+            layout = GradLayout.of(call.grads)
+        except (AttributeError, RuntimeError):
+            check_tensors("grads", call.grads)
+            raise
         if layout != self._seen:
             if self._seen is None or layout.kinds != self._seen.kinds:
                 _check_grads(call)

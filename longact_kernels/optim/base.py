@@ -69,12 +69,17 @@ class SalientOptimizer(Optimizer, ABC):
             raise ValueError(f"state: got {state!r}, needed one of {', '.join(map(repr, get_args(State)))}")
         if moments not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moments: got {moments}, needed torch.float32 or torch.bfloat16")
+        for name, value in (("master_weights", master_weights), ("stochastic_rounding", stochastic_rounding)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got a {type(value).__name__}, needed True or False")
         if stochastic_rounding and master_weights:
             raise ValueError(
                 "stochastic_rounding: with masters nothing is lost to rounding; needed master_weights=False"
             )
         if longact is not None and not isinstance(longact, LongAct):
-            raise TypeError(f"longact: got {longact!r}, needed a LongAct, or None to find it by the parameters")
+            raise TypeError(
+                f"longact: got a {type(longact).__name__}, needed a LongAct, or None to find it by the parameters"
+            )
         self.compact = state == "compact"
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding

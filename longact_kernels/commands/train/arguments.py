@@ -331,7 +331,7 @@ def read(argv: list[str], preset: dict[str, Any]) -> tuple[TrainArguments, GRPOC
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--config: cannot read {config_of(argv)}: {reason}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"--config: {config_of(argv)} is not valid YAML: {error}") from error
+        raise ValueError(f"--config: {config_of(argv)} is not valid YAML: {' '.join(str(error).split())}") from error
 
     known = [f.name for cls in (TrainArguments, GRPOConfig) for f in dataclasses.fields(cls)]
     if in_config:
