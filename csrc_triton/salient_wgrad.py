@@ -62,6 +62,14 @@ def pack_kernel(
 
 
 @triton.jit
+def _move(product_ptrs, out_ptrs, found, inside, ACCUMULATE: tl.constexpr, FILL: tl.constexpr):
+    value = tl.load(product_ptrs, mask=found & inside, other=0.0).to(tl.float32)
+    if ACCUMULATE:
+        value += tl.load(out_ptrs, mask=found & inside, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, value.to(out_ptrs.dtype.element_ty), mask=inside if FILL else found & inside)
+
+
+@triton.jit
 def scatter_kernel(
     product_ptr,  # a line a slot, or a line a channel if WHOLE; lines are columns if COLUMNS
     index_ptr,  # int64 [S], ascending; -1 for an empty slot
@@ -78,13 +86,16 @@ def scatter_kernel(
     WHOLE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     FILL: tl.constexpr,  # whether lines without a salient channel are set to zero
-    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Writes or adds the product's salient lines to their places in `out`."""
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Writes or adds the product's salient lines to their places in `out`.
+
+    A program looks once for where its row, or its block of columns, comes from, then goes along it. Its tiles lie in
+    one row: where those of two dimensions are gathered along columns, Triton may lay the lanes along rows.
+    """
+    row = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    line = offs_c if COLUMNS else offs_r
+    line = offs_c if COLUMNS else row
     # A line that is not found is never read: the other operand's Inf has made the packed zeros of empty slots NaN.
     if COMPACT:
         channel = tl.load(index_ptr + line, mask=line < S, other=-1)
@@ -92,7 +103,7 @@ def scatter_kernel(
         source = channel.to(tl.int32) if WHOLE else line
     else:
         # How many slots lie before the line's own one, which the search passes if there is one.
-        slot = tl.zeros_like(line)
+        slot = line * 0
         found = line < 0
         for bit in range(bits):
             beyond = slot + (1 << (bits - 1 - bit))
@@ -101,22 +112,27 @@ def scatter_kernel(
             found |= (channel == line) & (beyond <= S)
         source = line if WHOLE else slot
     if COLUMNS:
-        product_ptrs = product_ptr + offs_r.to(tl.int64)[:, None] * stride_product + source[None, :]
-        found = found[None, :]
+        for r in range(row, R, tl.num_programs(0)):
+            product_ptrs = product_ptr + tl.cast(r, tl.int64) * stride_product + source
+            out_ptrs = out_ptr + tl.cast(r, tl.int64) * stride_out + offs_c
+            _move(product_ptrs, out_ptrs, found, offs_c < C, ACCUMULATE, FILL)
     else:
-        product_ptrs = product_ptr + source.to(tl.int64)[:, None] * stride_product + offs_c[None, :]
-        found = found[:, None]
-    inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * stride_out + offs_c[None, :]
-    value = tl.load(product_ptrs, mask=found & inside, other=0.0).to(tl.float32)
-    if ACCUMULATE:
-        value += tl.load(out_ptrs, mask=found & inside, other=0.0).to(tl.float32)
-    written = inside if FILL else found & inside
-    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=written)
+        product_ptrs = product_ptr + source.to(tl.int64) * stride_product + offs_c
+        out_ptrs = out_ptr + row.to(tl.int64) * stride_out + offs_c
+        for c in range(0, C, BLOCK_C):
+            _move(product_ptrs + c, out_ptrs + c, found, offs_c < C - c, ACCUMULATE, FILL)
 
 
 PACK_CONFIG = {"BLOCK_M": 16, "BLOCK_S": 128, "num_warps": 4}  # as many slots as lanes
-SCATTER_CONFIG = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
+# Along columns, a lane keeps the places of its columns; along rows, waves of 64 lanes load 16 bytes each.
+SCATTER_CONFIG = {"rows": {"BLOCK_C": 2048, "num_warps": 4}, "columns": {"BLOCK_C": 1024, "num_warps": 4}}
+# Along columns, a program goes through so many.
+ROWS = 16
+
+
+def scatter_grid(R: int, C: int, columns: bool, BLOCK_C: int) -> tuple[int, int]:
+    """Programs of :func:`scatter_kernel`."""
+    return (-(-R // ROWS), -(-C // BLOCK_C)) if columns else (R, 1)
 
 
 def variants() -> list[Variant]:
@@ -147,8 +163,9 @@ def variants() -> list[Variant]:
         ("fp32", "fp32", True, True),
     ]
     for (product, out, compact, accumulate), columns, whole in itertools.product(forms, (False, True), (False, True)):
-        config = dict(SCATTER_CONFIG)
-        words = ["scatter", out, "columns" if columns else "rows"]
+        axis = "columns" if columns else "rows"
+        config = dict(SCATTER_CONFIG[axis])
+        words = ["scatter", out, axis]
         words += ["compact"] * compact + ["added"] * accumulate + ["of all"] * whole
         found.append(
             Variant(

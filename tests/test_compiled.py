@@ -58,6 +58,12 @@ def test_neighbouring_lanes_pack_neighbouring_slots():
     assert len(re.findall(r"ld\.global[.\w]*\.b64", ptx)) == 1  # the index
 
 
+def test_a_scattered_tile_lies_within_a_row():
+    """Across rows, Triton 3.6 lays the lanes of a gather along them, and changes places in shared memory after it."""
+    scatters = [v for v in VARIANTS if v.label in ("scatter bf16 rows", "scatter bf16 columns")]
+    assert [variants.compile_variant(v, "sm_90").metadata.shared for v in scatters] == [0, 0]
+
+
 def test_labels_are_unique():
     labels = [(v.kernel, v.label, v.targets) for v in VARIANTS]
     assert len(labels) == len(set(labels))

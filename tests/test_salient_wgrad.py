@@ -208,7 +208,7 @@ def test_packed_tokens_beyond_two_to_the_31_elements():
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_lines_of_a_product_beyond_two_to_the_31_elements(axis, compact, accumulate):
-    from longact_kernels.csrc_triton.salient_wgrad import SCATTER_CONFIG, scatter_kernel
+    from longact_kernels.csrc_triton.salient_wgrad import SCATTER_CONFIG, scatter_grid, scatter_kernel
 
     stride, lines = 2**30 + 64, 4
     product, out = SparseMemory(lines * stride, torch.float32), SparseMemory(lines * stride, torch.float32)
@@ -216,10 +216,11 @@ def test_lines_of_a_product_beyond_two_to_the_31_elements(axis, compact, accumul
         product.at(line * stride, lines).copy_(torch.arange(lines) + 10 * line + 1)
         out.at(line * stride, lines).fill_(100 * (line + 1))
     before = torch.stack([out.at(line * stride, lines) for line in range(lines)]).clone()
-    scatter_kernel[(1, 1)](
+    config = SCATTER_CONFIG[axis]
+    scatter_kernel[scatter_grid(lines, lines, axis == "columns", config["BLOCK_C"])](
         product.at(0), torch.arange(lines), out.at(0), lines, lines, lines, lines, lines.bit_length(), stride, stride,
         COLUMNS=axis == "columns", COMPACT=compact, WHOLE=False, ACCUMULATE=accumulate, FILL=not accumulate,
-        **SCATTER_CONFIG,
+        **config,
     )  # fmt: skip
     written = torch.stack([product.at(line * stride, lines) for line in range(lines)]) + (before if accumulate else 0)
     assert torch.equal(torch.stack([out.at(line * stride, lines) for line in range(lines)]), written)

@@ -157,8 +157,8 @@ def _kernels(
     product = _product(left.t(), right, wide=compact or accumulate)
 
     R, C = out.shape
-    config = kernels.SCATTER_CONFIG
-    kernels.scatter_kernel[(-(-R // config["BLOCK_R"]), -(-C // config["BLOCK_C"]))](
+    config = kernels.SCATTER_CONFIG[axis]
+    kernels.scatter_kernel[kernels.scatter_grid(R, C, columns, config["BLOCK_C"])](
         product, rows, out, R, C, S, channels, S.bit_length(), product.stride(0), out.stride(0),
         COLUMNS=columns, COMPACT=compact, WHOLE=not packs, ACCUMULATE=accumulate, FILL=fill, **config,
     )  # fmt: skip
