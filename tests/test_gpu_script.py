@@ -13,7 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from bench.gpu import __main__ as script
+from bench.gpu import trials
+from bench.gpu.compile import Driver
+from bench.gpu.models import TINY
+from bench.gpu.stage import Stage
 from bench.gpu.tests import OWN_STAGE, modules
 
 ROOT = Path(__file__).parent.parent
@@ -69,18 +75,57 @@ def test_dry_run(checkout, tmp_path):
     assert len(files) <= 8 and all(path.is_file() for path in files)
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {row["stage"]: row["result"] for row in rows if row["what"] == "stage"} == dict.fromkeys(
-        script.STAGES, "passed"
+        script.DEFAULT, "passed"
     )
     # Each op has a prediction beside it, and the table printed last has all that is ours.
     timings = [row for row in rows if row["what"] == "timing"]
     predicted = {row["work"] for row in timings if "predicted_us" in row}
     assert predicted == {"channel_stats", "linear_stats", "salient_wgrad", "sparse_adamw"}
     assert all(row["work"] in done.stdout for row in timings)
-    assert all(name in done.stdout for name in script.STAGES)
+    assert all(name in done.stdout for name in script.DEFAULT)
     counts = {row["stage"]: row for row in rows if row["what"] == "counts"}
     assert counts["tests"]["passed"] >= 5 and counts["cuda"]["passed"] > 10
     for picture in ("kernels.png", "steps.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_of_the_trials(checkout, tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--stages", "trials", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-6000:]
+    works = {f"trial of {name}" for name in trials.TRIALS if "gluon" not in name}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["work"] for row in rows if row["what"] == "timing" and row["contender"].startswith("ours, ")} == works
+    assert (tmp_path / "kernels.png").exists()
+
+
+def test_a_candidate_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
+    raced = {}
+    monkeypatch.setattr(trials, "error_of", lambda job, seconds: "wrong" if job[0] == "pack" else "")
+    monkeypatch.setattr(trials, "races", lambda stage, model, tokens, works, predicted: raced.update(works) or 0)
+    assert trials.run(Stage("trials", tmp_path, True, 60)) == 1
+    (row,) = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["label"].startswith("pack ") and row["error"] == "wrong"
+    assert [len(raced[f"trial of {name}"].args[1]) for name in ("pack", "scatter")] == [0, 1]
+
+
+def test_what_is_wrong_with_a_candidate_is_said():
+    assert "KeyError: 'no such'" in trials.error_of(("scatter", "no such"), 300)
+    assert trials.error_of(("scatter", "no such"), 0.1).startswith("stopped after")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_a_trial_in_gluon_compiles(monkeypatch):
+    compiled, compile_and_run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, warmup, **options):
+        compiled.append(compile_and_run(self, *args, warmup=True, **options))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver("sm_90"))
+    trial = trials.trial("linear_stats_gluon")
+    trial.CANDIDATES["gluon 128 x 64, 6 stages"](*trial.inputs(TINY, 16, 20))
+    assert "wgmma.mma_async" in compiled[0].asm["ptx"]
 
 
 def test_a_stage_that_hangs_or_fails_is_a_row(tmp_path):
@@ -92,7 +137,7 @@ def test_a_stage_that_hangs_or_fails_is_a_row(tmp_path):
 
 def test_limits_add_up_to_less_than_eight_minutes():
     groups = {}
-    for plan in script.STAGES.values():
+    for plan in map(script.STAGES.get, script.DEFAULT):
         groups[plan.group] = max(plan.seconds, groups.get(plan.group, 0))
     assert sum(groups.values()) <= script.SECONDS and script.SECONDS + script.PICTURES < 480
 

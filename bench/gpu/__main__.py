@@ -26,11 +26,13 @@ class Plan(NamedTuple):
         seconds: its limit.
         group: stages of one group run at the same time; those that measure run alone.
         interpreted: whether its dry run takes Triton's interpreter for the GPU.
+        default: whether it runs without being asked for.
     """
 
     seconds: int
     group: int
     interpreted: bool = False
+    default: bool = True
 
 
 STAGES = {
@@ -42,7 +44,9 @@ STAGES = {
     "kernels": Plan(110, 4, interpreted=True),
     "steps": Plan(120, 5),
     "tune": Plan(25, 6),
+    "trials": Plan(120, 7, interpreted=True, default=False),
 }
+DEFAULT = [name for name, plan in STAGES.items() if plan.default]
 SECONDS = 455  # of all stages together
 PICTURES = 20  # seconds for drawing, at most
 PATIENCE = 4  # how many times as long a dry run may take: its machine may be busy
@@ -94,7 +98,7 @@ def has_gpu() -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, at most 8 files")
-    parser.add_argument("--stages", default=",".join(STAGES), help="some of %(default)s")
+    parser.add_argument("--stages", default=",".join(DEFAULT), help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes: tries the script itself")
     args = parser.parse_args(argv)
     names = args.stages.split(",")

@@ -39,18 +39,24 @@ def run(stage: Stage) -> int:
         if model not in seen:
             works |= of_weights(model, "eager" if stage.dry else "inductor", compiled=not seen)
         seen.add(model)
-        predicted = roofline.predicted(gpu, model, tokens)
-        for work, make in works.items():
-            case = {"work": work, "model": model.name, "tokens": tokens}
-            try:
-                race(stage, case, make(), predicted.get(work))
-            except Exception as error:
-                failed += 1
-                stage.row("error", **case, error=f"{type(error).__name__}: {error}"[:500])
-            gc.collect()
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
+        failed += races(stage, model, tokens, works, roofline.predicted(gpu, model, tokens))
     return int(failed > 0)
+
+
+def races(stage: Stage, model: Model, tokens: int, works: Works, predicted: dict[str, float]) -> int:
+    """Races the contenders of all works; how many works failed, of which each is a row."""
+    failed = 0
+    for work, make in works.items():
+        case = {"work": work, "model": model.name, "tokens": tokens}
+        try:
+            race(stage, case, make(), predicted.get(work))
+        except Exception as error:
+            failed += 1
+            stage.row("error", **case, error=f"{type(error).__name__}: {error}"[:500])
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return failed
 
 
 def race(stage: Stage, case: dict, contenders: Contenders, predicted: float | None) -> None:
