@@ -143,6 +143,11 @@ def check(longact: LongAct, args: TrainingArguments) -> None:
             f"n_gpu: got {args.n_gpu} GPUs in one process (DataParallel), needed one process a GPU; use torchrun "
             "or accelerate launch"
         )
+    if longact.compact is not None and args.world_size > 1 and longact.compact.alone:
+        raise ValueError(
+            "grad: DistributedDataParallel, which the Trainer puts around the model, needs a parameter that trains "
+            "beside compact gradients; leave one unfrozen, such as the norms, or use LongAct(grad='full')"
+        )
     if longact.grad == "compact" and args.fp16:
         raise ValueError(
             "grad: the Trainer unscales fp16 gradients where compact ones are not seen; use bf16=True, or "

@@ -192,6 +192,11 @@ class SalientOptimizer(Optimizer, ABC):
         if found_inf is not None:
             # GradScaler looks at gradients itself, but for compact ones.
             compact = [grad for longact in controllers if longact.compact for grad in longact.compact.present()]
+            if not isinstance(found_inf, Tensor):
+                raise RuntimeError(
+                    "grad: GradScaler sees no gradients at all, since all that train are compact; leave a parameter "
+                    "beside them unfrozen, such as the norms, train in bfloat16, or use LongAct(grad='full')"
+                )
             if compact and grad_scale is None:
                 raise RuntimeError(
                     "grad: GradScaler.unscale_() cannot see compact gradients; leave unscaling to GradScaler.step(), "

@@ -8,22 +8,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from longact_kernels.sparse.config import LongActConfig
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.projections import Projection
 from longact_kernels.sparse.sharding import is_sharded
 from longact_kernels.sparse.tensor_parallel import wrapped_forward
 
 
-def projections(found: list[Projection]) -> None:
-    """What our forward, our kernels and one buffer for all layers need of the layers.
+def projections(found: list[Projection], config: LongActConfig) -> None:
+    """What our forward, our kernels, one buffer for all layers and the options need of the layers.
 
     Raises:
         ValueError: if a layer lacks it; the message names the layer.
     """
     remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
     if len(devices := {str(one.module.get_parameter("weight").device) for one in found}) > 1:
-        raise ValueError(f"model: its query and key projections lie on {' and '.join(sorted(devices))}; {remedy}")
+        raise ValueError(f"model: the layers to train sparsely lie on {' and '.join(sorted(devices))}; {remedy}")
     for one in found:
+        if any(head.kind == "other" for head in one.heads) and (config.site != "projection" or config.pair_rope):
+            name, value = ("pair_rope", True) if config.pair_rope else ("site", config.site)
+            raise ValueError(
+                f"{name}: {value!r} is about queries and keys, and {one.name} makes neither; leave it out of "
+                f"target_modules, or leave {name} out"
+            )
         weight = one.module.get_parameter("weight")
         if "forward" in vars(one.module) and wrapped_forward(one.module) is None:
             raise ValueError(f"model: {one.name} has a forward of its own in place of its class's; {remedy}")

@@ -40,6 +40,12 @@ class CompactGradients:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
         self._hooks = [layer.register_forward_pre_hook(self._share_weights) for layer in layers.values()]
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else of the model trains."""
+        salient = {id(layer.weight) for layer in self.layers.values()}
+        return not any(p.requires_grad for p in self.model.parameters() if id(p) not in salient)
+
     def undo(self) -> list[Callable[[], Any]]:
         """What leaves the model as it was."""
         ignored = partial(delattr, self.model, "_ddp_params_and_buffers_to_ignore")

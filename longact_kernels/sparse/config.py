@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import functools
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,8 @@ Nonfinite = Literal["error", "skip", "off"]
 Strategy = Literal["top", "bottom", "random", "threshold"]
 Site = Literal["projection", "norm", "rope"]
 
+ALL_LINEAR = "all-linear"
+
 # Row ranges (start, stop, head size) of queries or keys.
 Ranges = Iterable[tuple[int, int, int]]
 TargetModules = Sequence[str] | str | Callable[[str, nn.Module], Ranges | None]
@@ -44,7 +47,13 @@ class LongActConfig:
         ValueError: a value is out of range, or two do not go together; the message names the field.
     """
 
-    density: float = field(default=0.3, metadata=about("The share of channels that are salient, above 0 and up to 1."))
+    density: float | Mapping[str, float] = field(
+        default=0.3,
+        metadata=about(
+            "The share of channels that are salient, above 0 and up to 1; or shares by regular expression, of which a "
+            "layer has that of the first found in its path."
+        ),
+    )
     statistic: Statistic = field(
         default="absmax",
         metadata=about(
@@ -75,8 +84,8 @@ class LongActConfig:
     target_modules: TargetModules | None = field(
         default=None,
         metadata=about(
-            "Layers to train sparsely instead of the query and key projections: name endings, a regular expression, "
-            "or a function of path and module.",
+            "Layers to train sparsely instead of the query and key projections: name endings, a regular expression, a "
+            "function of path and module, or all-linear: those of all blocks.",
         ),
     )
     refresh_every: int = field(default=1, metadata=about("Choose the sets anew every so many optimizer steps."))
@@ -143,12 +152,20 @@ class LongActConfig:
             if value is None and name == "freeze_after":
                 continue
             whole = name in ("refresh_every", "freeze_after")
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, numbers.Integral if whole else numbers.Real)
-                or not fits(value)
-            ):
-                raise ValueError(f"{name}: got {value!r}, needed {needed}")
+            values = value.values() if name == "density" and isinstance(value, Mapping) else [value]
+            for one in values:
+                if (
+                    isinstance(one, bool)
+                    or not isinstance(one, numbers.Integral if whole else numbers.Real)
+                    or not fits(one)
+                ):
+                    raise ValueError(f"{name}: got {value!r}, needed {needed}")
+        if isinstance(self.density, Mapping):
+            if not self.density:
+                raise ValueError(f"density: got no patterns, needed {_RANGES['density'][1]}")
+            object.__setattr__(self, "density", dict(self.density))  # a copy: the options are fixed
+            for pattern in self.density:
+                _check_pattern(pattern)
         target = self.target_modules
         names = isinstance(target, Sequence) and all(isinstance(name, str) for name in target)
         if target is not None and not callable(target) and not names:
@@ -168,9 +185,37 @@ class LongActConfig:
         if self.scope is None:
             object.__setattr__(self, "scope", "head" if self.axis == "rows" else "layer")
 
+    def densities(self, names: Sequence[str]) -> list[float]:
+        """The density of each layer, given by name.
+
+        Raises:
+            ValueError: if `density` has no pattern for a layer, or one that is no layer's.
+        """
+        if not isinstance(self.density, Mapping):
+            return [self.density] * len(names)
+        patterns = [next((p for p in self.density if re.search(p, name)), None) for name in names]
+        if None in patterns:
+            raise ValueError(
+                f"density: none of its patterns is found in {names[patterns.index(None)]}; got "
+                f"{', '.join(map(repr, self.density))}, needed one for every layer: '' is found in all"
+            )
+        if unused := [p for p in self.density if p not in patterns]:
+            raise ValueError(
+                f"density: the pattern {unused[0]!r} is no layer's; needed one found in the path of a layer, such as "
+                f"{names[0]}, before any other that is"
+            )
+        return [self.density[p] for p in patterns]
+
+
+def _check_pattern(pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"density: got the pattern {pattern!r}, needed a regular expression: {error}") from error
+
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "density": (lambda value: 0 < value <= 1, "a share of the channels above 0 and up to 1, such as 0.3"),
+    "density": (lambda value: 0 < value <= 1, "a share above 0 and up to 1, such as 0.3, or such shares by pattern"),
     "refresh_every": (lambda value: value >= 1, "a whole number of steps of at least 1"),
     "ema": (lambda value: 0 <= value < 1, "a weight of at least 0 and below 1"),
     "freeze_after": (lambda value: value >= 1, "a whole number of steps of at least 1, or None"),
@@ -184,7 +229,11 @@ _ONLY_OF = {"threshold": "threshold", "seed": "random"}  # strategies
 
 
 def numbers_of(config: LongActConfig) -> list[float]:
-    """The options of DEFINING as numbers, as a checkpoint keeps them: of a choice its place among all of them."""
+    """The options of DEFINING as numbers, as a checkpoint keeps them: of a choice its place among all of them.
+
+    Args:
+        config: with the density of one layer.
+    """
     choices, numbers = _choices(), []
     for name in DEFINING:
         value = getattr(config, name)
@@ -204,6 +253,7 @@ def difference(config: LongActConfig, saved: list[float]) -> str | None:
     return None
 
 
+@functools.cache
 def _choices() -> dict[str, tuple[Any, ...]]:
     """By field, the values that a Literal allows."""
     found = {}

@@ -23,7 +23,7 @@ from longact_kernels.sparse.compact import CompactGradients
 from longact_kernels.sparse.config import LongActConfig, difference, field_names, make_config, numbers_of
 from longact_kernels.sparse.finite import Found, Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
-from longact_kernels.sparse.projections import Projection, find_projections
+from longact_kernels.sparse.projections import EXPERT, Projection, find_projections
 from longact_kernels.sparse.registry import controllers, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
@@ -98,12 +98,14 @@ class LongAct:
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
-        checks.projections(projections)
+        checks.projections(projections, config)
         groups = [groups_of(projection, config.axis) for projection in projections]
+        densities = config.densities([projection.name for projection in projections])
+        self._densities = dict(zip((projection.name for projection in projections), densities, strict=True))
         partners = [partners_of(projection, model) for projection in projections] if config.pair_rope else None
         assert config.scope is not None
         self._select = Selection(
-            groups, config.density, config.scope, config.strategy, config.threshold, config.seed, partners
+            groups, densities, config.scope, config.strategy, config.threshold, config.seed, partners
         )
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._over = False  # whether they have all, since gradients have been zeroed
@@ -193,6 +195,7 @@ class LongAct:
                 limits=limits,
                 axis=config.axis,
                 transposed=projection.transposed,
+                routed=EXPERT.search(projection.name) is not None,
                 call=self.call,
                 batch=self.batch,
                 index=own,
@@ -815,13 +818,17 @@ class LongAct:
 
     # Resuming: kept in the optimizer's state, one dict a salient weight, since that is what trainers save and load
 
+    def _config_of(self, salient: SalientSet) -> LongActConfig:
+        """The options, with the density of one layer."""
+        return dataclasses.replace(self.config, density=self._densities[salient.name])
+
     def state_for(self, salient: SalientSet) -> dict[str, Tensor]:
         """What resuming needs of one layer, as tensors of fixed shapes: distributed checkpoints are read in place."""
         self.settle()
         period = self._statistics.state(salient.channels, salient.segments)
         return {
             "salient_steps": torch.tensor(self.steps),
-            "salient_options": torch.tensor(numbers_of(self.config), dtype=torch.float64),
+            "salient_options": torch.tensor(numbers_of(self._config_of(salient)), dtype=torch.float64),
             "salient_flags": torch.tensor([salient.active, False, salient.chosen]),
             **self._chosen.state(salient),
             **{name: part.clone() for name, part in period.items()},
@@ -843,7 +850,7 @@ class LongAct:
                 f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
                 f"{salient.size}; use the density and scope of the saved run"
             )
-        if differs := difference(self.config, state.get("salient_options", torch.empty(0)).tolist()):
+        if differs := difference(self._config_of(salient), state.get("salient_options", torch.empty(0)).tolist()):
             raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
         for name, own in self.state_for(salient).items():
             if name == "salient_options" or (name not in state and name in SINCE_0_1):

@@ -42,7 +42,10 @@ class SalientLayer(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         tokens = salient.call.tokens_now() if salient.stats is not None else None
-        counted = () if tokens is None else (salient.stats.l2, *tokens.of(x, salient.stats.l2, salient.name))
+        counted: tuple = ()
+        if tokens is not None:
+            l2 = salient.stats.l2
+            counted = (l2, None, None) if salient.routed else (l2, *tokens.of(x, l2, salient.name))
         if is_sharded(weight):
             return project_part(x, weight, bias, salient, *counted)
         return project(x, weight, bias, salient, *counted)

@@ -1,6 +1,7 @@
-"""Finding the query and key projections of a model, by the structure of its attention modules."""
+"""Finding the layers of a model to train sparsely: query and key projections by its attention's structure, or all."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from longact_kernels.sparse import engines
-from longact_kernels.sparse.config import Ranges, TargetModules
+from longact_kernels.sparse.config import ALL_LINEAR, Ranges, TargetModules
+from longact_kernels.warning import LongActWarning
 
 
 class Head(NamedTuple):
@@ -16,8 +18,9 @@ class Head(NamedTuple):
 
     Attributes:
         size: how many they are.
-        kind: "q" or "k": one head's query or key, whose channels compete with those of their kind; None: channels that
-            train densely, such as values and gates.
+        kind: "q" or "k": one head's query or key, whose channels compete with those of their kind; "other": channels
+            that compete with all others of the layer, whatever their head; None: channels that train densely, such as
+            values and gates.
     """
 
     size: int
@@ -25,13 +28,13 @@ class Head(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A linear layer that makes queries, keys, or both.
+    """A linear layer to train sparsely, such as one that makes queries, keys, or both.
 
     Attributes:
         name: its module path.
         module: an `nn.Linear`, or a `Conv1D`, whose weight is stored [in, out].
         heads: of the output channels, in their order; the sizes add up to the output features.
-        attention: path of the module that holds it.
+        attention: path of the module that holds it, for queries and keys their attention.
         transposed: whether the weight is stored [in, out].
     """
 
@@ -153,6 +156,10 @@ def _gated_latent_query(attention: AttentionSizes, N: int) -> list[Head] | None:
     return [Head(d, "q"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
 
 
+def _unknown(attention: AttentionSizes, N: int) -> None:
+    return None
+
+
 # Separate projections, under the names that stand together in one module: a `key` without a `query` is no attention.
 PAIRS = {
     "q_proj": "k_proj",
@@ -186,13 +193,21 @@ LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
 
 # Parts of a language model whose queries or keys are not those that its text attends with.
 ELSEWHERE = re.compile(
-    r"cross_?att(n|ention)|encoder_(decoder_)?att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer",
+    r"cross_?att(n|ention)|encoder_(decoder_)?att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer|compressor",
     re.I,
 )
+# What says where tokens go, to which expert or stream, and how much of it counts.
+ROUTER = re.compile(r"(^|\.)(gate|\w*router|shared_expert_gate|altup)(\.|$)")
+# An expert that is called with its own tokens.
+EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+# A path inside one of a stack of blocks.
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+# Names that say that a layer makes queries or keys, perhaps along with values.
+QUERY_KEY = re.compile(r"(?<![a-z])w?(q|k|qk|kv|qkv)(?![a-z])|query|key", re.I)
 
 
 def find_projections(model: nn.Module, target_modules: TargetModules | None = None) -> list[Projection]:
-    """The linear layers that make queries and keys, in the order of the model's modules.
+    """The linear layers to train sparsely, in the order of the model's modules.
 
     Without `target_modules`, the self-attention of the language model is searched for layers by their usual names,
     separate (`q_proj`, `k_proj`), fused with the values (`qkv_proj`, `query_key_value`, `c_attn`) or up from a latent
@@ -202,10 +217,15 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
 
     Args:
         model: a language model, or a multimodal model around one.
-        target_modules: where to look instead, in the whole model. A list of name endings, as in PEFT: layers called
-            `name` or `….name`. A string: a regular expression that the whole path matches. A function
-            `(path, module) -> ranges`: a list of `(start, stop, head size)` output channels that are queries or keys
-            (the others stay dense), or None for a module that is no such layer.
+        target_modules: where to look instead. "all-linear": all linear layers of the language model's blocks, with no
+            output channel left dense; not its cross-attention, routers, nor experts that are no linear layers. A list
+            of name endings, as in PEFT: layers called `name` or `….name`, in the whole model; the channels of those
+            that are neither queries nor keys compete within the layer. Any other string: a regular expression that the
+            whole path matches. A function `(path, module) -> ranges`: a list of `(start, stop, head size)` output
+            channels that compete (the others stay dense), or None for a module that is no such layer.
+
+    Warns:
+        LongActWarning: "all-linear" leaves weights of the blocks dense, which are named.
 
     Raises:
         ValueError: if there are none (naming the linear layers seen), if one cannot be trained row by row (quantised,
@@ -225,6 +245,8 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
             heads = _heads(path, name, AttentionSizes(parent, config), N)
         else:
             heads = _heads_of_ranges(path, name, ranges, N)
+        if target_modules == ALL_LINEAR:
+            heads = tuple(head if head.kind else head._replace(kind="other") for head in heads)
         if any(head.kind for head in heads):
             found.append(Projection(path, module, heads, attention, transposed))
     if not found:
@@ -239,7 +261,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
             )
     if not any(_weight(projection.module).requires_grad for projection in found):
         raise ValueError(
-            f"model: none of the {len(found)} query and key projections requires a gradient (the first is "
+            f"model: none of the {len(found)} layers to train sparsely requires a gradient (the first is "
             f"{found[0].name}); unfreeze their weights with requires_grad_(True), or train without LongAct: adapters "
             "beside frozen weights have no rows to choose from"
         )
@@ -272,6 +294,15 @@ def _candidates(
                 if child in LAYOUTS and hasattr(parent, query) and not _is_container(module):
                     yield f"{name}.{child}" if name else child, parent, module, None
         return
+    if target_modules == ALL_LINEAR:
+        attending = {path: parent for path, parent, *_ in _candidates(model, None)}
+        for path in _block_linears(model):
+            known = next((one for one in (path, path.removesuffix(".linear")) if one in attending), None)
+            if known is None:
+                yield path, model, model.get_submodule(path), ()
+            else:
+                yield known, attending[known], model.get_submodule(known), None
+        return
     for path, module in model.named_modules():
         match = _match(target_modules, path, module)
         if match is not None and match is not False:
@@ -285,6 +316,34 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
     if callable(target_modules):
         return target_modules(path, module)
     return any(path == end or path.endswith(f".{end}") for end in target_modules)
+
+
+def _block_linears(model: nn.Module) -> list[str]:
+    """Paths of all linear layers in the language model's blocks, but for routers; warns of what else is there."""
+    found, left = [], []
+    for path, module in _text_modules(model):
+        if not IN_BLOCK.search(path) or ROUTER.search(path):
+            continue
+        # Subclasses of modelling files may compute something else, and Mamba's kernels take the weights themselves.
+        other = type(module).__module__.startswith("transformers.models.") and not _is_product(module)
+        mamba = {"A_log", "D"} <= model.get_submodule(path.rpartition(".")[0])._parameters.keys()
+        if isinstance(module, nn.Linear) and (other or mamba):
+            left.append(f"{path}.weight")
+        elif isinstance(module, nn.Linear) or _is_conv1d(module) or hasattr(module, "base_layer"):
+            found.append(path)
+        elif not isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
+            own = module.named_parameters(recurse=False)
+            left += [f"{path}.{name}" for name, p in own if sum(size > 1 for size in p.shape) > 1]
+    left = [name for name in left if model.get_parameter(name).requires_grad]
+    if found and left:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in left)
+        warnings.warn(
+            f"target_modules: {ALL_LINEAR!r} leaves {', '.join(names)} dense: no linear layers, or not used as such; "
+            "to save their memory as well, freeze them with requires_grad_(False)",
+            LongActWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -313,6 +372,17 @@ def _is_container(module: nn.Module) -> bool:
     return any(child in LAYOUTS for child, _ in module.named_children())
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`, a linear layer whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a linear layer computes x Wᵀ + b; a subclass may have more to it."""
+    # Falcon's only writes the same product in another way.
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+
+
 def _weight(module: nn.Module) -> torch.Tensor:
     assert isinstance(module.weight, torch.Tensor)
     return module.weight
@@ -331,10 +401,8 @@ def _check_plain(path: str, module: nn.Module) -> bool:
             f"model: {path} is a {kind}, an adapter around a linear layer; needed the plain layer: merge the adapter "
             "first (model = model.merge_and_unload()), or train the adapter alone, without LongAct"
         )
-    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    # A subclass may have more to it, but no other product; Falcon's only writes the same one in another way.
-    same = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
-    if not transposed and not same:
+    transposed = _is_conv1d(module)
+    if not transposed and not _is_product(module):
         raise ValueError(
             f"model: {path} is a {kind}; needed a plain torch.nn.Linear. If the model is quantised, load it in "
             "bfloat16 or float32 instead"
@@ -357,8 +425,11 @@ def _check_plain(path: str, module: nn.Module) -> bool:
 def _heads(path: str, name: str, attention: AttentionSizes, N: int) -> tuple[Head, ...]:
     layout = LAYOUTS_OF_CLASS.get((type(attention.module).__name__, name), LAYOUTS.get(name))
     if layout is None:
-        # A name of the user's: queries or keys alone.
-        layout = _key if _says_key(name) else _query
+        # A name of the user's: queries or keys alone, or neither; where values lie beside them, nobody knows.
+        says = QUERY_KEY.search(name)
+        if says is None:
+            return (Head(N, "other"),)
+        layout = _unknown if "v" in says[0].lower() else _key if _says_key(name) else _query
     heads = layout(attention, N)
     if heads is None:
         raise ValueError(

@@ -28,6 +28,7 @@ class SalientSet:
         limits: of which ranges of channels it holds how many at most.
         axis: what a channel is: one of the projection's output ("rows") or input ("columns").
         transposed: whether the weight is stored [in_features, out_features].
+        routed: whether it is called with some of the call's tokens, which cannot be told then: all of them count.
         call: the model call under way.
         batch: the backward passes of the step under way.
         index: the set, int64 [size] ascending, behind its empty slots (-1). Written in place.
@@ -51,6 +52,7 @@ class SalientSet:
     limits: list[tuple[list[tuple[int, int]], int]]
     axis: Axis
     transposed: bool
+    routed: bool
     call: Call
     batch: Batch
     index: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from longact_kernels.sparse.projections import Projection
 from longact_kernels.sparse.rotary import rotary_pairs
 
 ChannelGroup = tuple[int, str | None]
-"""Neighbouring channels of one head: how many, and what they compete with (None: always in the set)."""
+"""Neighbouring channels of one head: how many, and what they compete with (None: always in the set).
+
+Those of the kind "other" compete within their layer, whatever the scope says of heads.
+"""
 
 Limit = tuple[list[tuple[int, int]], int]
 """Ranges of channels that compete with one another, and how many of them a set has at most."""
 
 
-def share(density: float, channels: int) -> int:
+def share(density: float, channels: float) -> int:
     """How many of so many channels are salient: at least one."""
     return max(1, int(density * channels + 0.5))
 
@@ -57,7 +61,7 @@ class Selection:
 
     Args:
         layers: for each layer its channels in their order, as groups: the heads.
-        density: share of the channels that are salient.
+        densities: for each layer the share of its channels that are salient.
         scope: what channels compete with: those of their "head", all of their kind in the "layer", or those of the
             whole "model"; of the latter, a layer takes up to twice its share.
         strategy: "top" takes the largest saliency, "bottom" the smallest, "random" any; "threshold" those of "top"
@@ -75,7 +79,7 @@ class Selection:
     def __init__(
         self,
         layers: list[list[ChannelGroup]],
-        density: float,
+        densities: list[float],
         scope: Scope,
         strategy: Strategy,
         threshold: float,
@@ -84,7 +88,6 @@ class Selection:
     ):
         self.strategy, self.threshold, self.seed = strategy, threshold, seed
         self.width = 1 if partners is None else 2
-        within = min(1.0, 2 * density) if scope == "model" else density
         channels: list[int] = []  # that compete, in an order that puts competitors side by side
         dense: list[int] = []
         bottom: list[int] = []  # what an empty slot holds, one for each channel
@@ -94,8 +97,10 @@ class Selection:
         self.sizes: list[int] = []
         self.limits: list[list[Limit]] = []
         first: list[int] = []  # of every place in the sets, its layer's first channel
+        units: defaultdict[float, int] = defaultdict(int)  # how many there are of each density
         start = 0
-        for layer, own in enumerate(layers):
+        for layer, (own, density) in enumerate(zip(layers, densities, strict=True)):
+            within = min(1.0, 2 * density) if scope == "model" else density
             bounds = list(itertools.pairwise(itertools.accumulate((size for size, _ in own), initial=start)))
             before = len(dense), sum(self.counts)
             ranges = [((a - start, b - start), kind) for (a, b), (_, kind) in zip(bounds, own, strict=True)]
@@ -104,7 +109,7 @@ class Selection:
                 heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, own, strict=True) if of == kind]
                 if partners is not None:
                     heads = [_paired(head, partners[layer], start) for head in heads]
-                if scope != "head":
+                if scope != "head" or kind == "other":
                     heads = [[channel for head in heads for channel in head]]
                 of_kind = [bound for bound, of in ranges if of == kind]
                 for head, competing in zip(
@@ -115,6 +120,7 @@ class Selection:
                     self.counts.append(share(within, len(head) // self.width))
                     limits.append((competing, self.width * self.counts[-1]))
                 kinds.append(sum(map(len, heads)) // self.width)
+                units[density] += kinds[-1]
             dense += [
                 channel
                 for bound, (_, kind) in zip(bounds, own, strict=True)
@@ -130,7 +136,8 @@ class Selection:
         # Sets leave `select` in order where the channels do.
         self.ordered = channels == sorted(channels) and not dense
         self.whole = channels == list(range(start))
-        self.keep = share(density, len(channels) // self.width) if scope == "model" else None
+        wanted = sum(density * count for density, count in units.items())
+        self.keep = share(1.0, wanted) if scope == "model" else None
         self._tables = tuple(
             torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds, first)
         )
@@ -173,7 +180,9 @@ class Selection:
         kept = None
         if self.keep is not None and self.keep < len(chosen):
             kept = torch.zeros_like(chosen, dtype=torch.bool)
-            kept.index_fill_(0, ops.select(rank[chosen], len(chosen), self.keep), True)
+            # Of equals the lower channel wins, also among kinds, which lie one behind another here.
+            order = self._tables[0][self.width * chosen].argsort()
+            kept.index_fill_(0, order[ops.select(rank[chosen][order], len(chosen), self.keep)], True)
         if self.strategy == "threshold":
             kinds = self._tables[3]
             means = torch.segment_reduce(units, "mean", lengths=kinds, unsafe=True)

@@ -76,6 +76,8 @@ class Tokens:
     def _fit(told: Tensor, x: Tensor, name: str, what: str) -> Tensor:
         """What is told of [B, T] tokens, for an activation of as many."""
         tokens = x.shape[:-1]
+        if len(tokens) == 3 and tokens[1] == 1:  # latent attention's keys, which all heads share
+            return Tokens._fit(told, x.squeeze(1), name, what).unsqueeze(1)
         if len(tokens) == 2 and told.shape[1] > tokens[1]:
             told = told[:, -tokens[1] :]  # of cached keys and values too
         if len(tokens) == 2 and len(told) == 1 and tokens[0] > 1:

@@ -194,3 +194,20 @@ def test_the_optimizers_arguments_are_the_drivers():
 def test_what_is_wrong_with_longacts_options_shows_at_once(option):
     with pytest.raises(ValueError, match=re.escape(f"{option}: got -1")):
         parse(["--use_cpu", "True", f"--{option}", "-1"])
+
+
+def test_densities_may_be_a_mapping_on_the_line_or_in_a_file(tmp_path):
+    mapping = {"q_proj|k_proj": 0.3, "": 0.05}
+    arguments, _ = parse(["--use_cpu", "True", "--density", '{q_proj|k_proj: 0.3, "": 0.05}'])
+    assert arguments.longact_options()["density"] == mapping
+    assert parse(["--use_cpu", "True", "--density", "5e-2"])[0].density == 0.05
+    (tmp_path / "c.yaml").write_text(
+        "target_modules: all-linear\ndensity: {q_proj|k_proj: 0.3, '': 0.05}\nuse_cpu: true\n"
+    )
+    arguments, _ = parse(["--config", str(tmp_path / "c.yaml")])
+    assert arguments.longact_options() | {"density": mapping, "target_modules": "all-linear"} == (
+        arguments.longact_options()
+    )
+    for wrong in ("many", "{", "{q: 2}", "[0.3]"):
+        with pytest.raises(ValueError, match=r"^density: got .*, needed a share above 0"):
+            parse(["--use_cpu", "True", "--density", wrong])

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from longact_kernels import LongAct, SalientAdamW, SalientLinear
-from longact_kernels.integrations.trainer import LongActCallback, LongActTrainerMixin
+from longact_kernels.integrations.trainer import LongActCallback, LongActTrainerMixin, check
 from longact_kernels.sparse.config import LongActConfig
 
 DATA = [{"input_ids": row, "labels": row} for row in tokens(64)]
@@ -104,7 +104,15 @@ def in_order(trainer):
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"selection": "current", "statistic": "l2"}, {"grad": "compact"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"selection": "current", "statistic": "l2"},
+        {"grad": "compact"},
+        {"grad": "compact", "target_modules": "all-linear", "density": {"mlp": 0.1, "": 0.3}},
+    ],
+)
 def test_the_mixin_trains_as_the_loop_written_out(tmp_path, options, pieces):
     expected, chosen, norms = plain_loop(tmp_path, options, pieces=pieces)
     model = tiny_model()
@@ -250,6 +258,20 @@ def test_sft_with_packing(tmp_path):
     for name in longact.layers:
         moved = (model.get_submodule(name).weight != before[f"{name}.weight"]).any(1)
         assert moved.any() and not moved.all()
+
+
+def test_compact_gradients_alone_are_refused_where_the_model_will_be_wrapped(tmp_path, monkeypatch):
+    model = tiny_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers" in name and p.ndim == 2)
+    longact = LongAct(model, target_modules="all-linear", grad="compact")
+    args = arguments(tmp_path)
+    check(longact, args)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match=r"^grad: DistributedDataParallel, .* such as the norms"):
+        check(longact, args)
+    model.model.norm.weight.requires_grad_()
+    check(longact, args)
 
 
 @pytest.mark.parametrize("how", ["callback", "mixin"])

@@ -148,14 +148,14 @@ def test_adapters_are_refused_with_what_to_do():
     merged = adapted.merge_and_unload().requires_grad_(True)
     assert len(LongAct(merged).layers) == 4
     elsewhere = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
-    with pytest.raises(ValueError, match=r"none of the 4 query and key projections requires a gradient \(the first is"):
+    with pytest.raises(ValueError, match=r"none of the 4 layers to train sparsely requires a gradient \(the first is"):
         LongAct(elsewhere)
 
 
 def test_layers_spread_over_devices_are_refused_with_what_to_do():
     spread = tiny_model()
     spread.model.layers[1].to("meta")
-    with pytest.raises(ValueError, match="projections lie on cpu and meta; load the model on one device"):
+    with pytest.raises(ValueError, match="layers to train sparsely lie on cpu and meta; load the model on one device"):
         LongAct(spread)
     offloaded = tiny_model()
     add_hook_to_module(offloaded.model.layers[1].self_attn.k_proj, AlignDevicesHook("cpu"))

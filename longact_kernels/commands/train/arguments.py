@@ -37,9 +37,21 @@ KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 
 def option(of: dataclasses.Field) -> tuple[str, Any, Any]:
-    """A field of `LongActConfig` as one of a command line, which has no functions."""
-    hint = str | None if of.name == "target_modules" else HINTS[of.name]
+    """A field of `LongActConfig` as one of a command line, which has no functions, nor mappings but as YAML."""
+    hint = {"target_modules": str | None, "density": str}.get(of.name, HINTS[of.name])
     return of.name, hint, field(default=of.default, metadata={"help": of.metadata["help"]})
+
+
+def density_of(text: str) -> Any:
+    """A density from a command line: a number, or YAML."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 HINTS = get_type_hints(LongActConfig)
@@ -124,6 +136,8 @@ class TrainArguments(LongActOptions):
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
 
     def __post_init__(self):
+        if isinstance(self.density, str):
+            self.density = density_of(self.density)
         self.check_types()
         at_least = {"eval_prompts": 1, "train_prompts": 1, "length": 1, "dynamic_sampling_rounds": 0}
         for name, least in at_least.items():
@@ -154,7 +168,11 @@ class TrainArguments(LongActOptions):
             if get_origin(hint) is Literal:
                 fits, needed = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
             else:
-                fits = name == "lengths" or isinstance(value, hint) or (hint is float and isinstance(value, int))
+                fits = (
+                    name in ("lengths", "density")
+                    or isinstance(value, hint)
+                    or (hint is float and isinstance(value, int))
+                )
                 needed = " or ".join(kind for one, kind in KINDS.items() if one in (hint, *get_args(hint)))
             if not fits:
                 raise ValueError(f"{name}: got {value!r}, needed {needed}")
