@@ -86,6 +86,7 @@ def test_the_report_needs_nothing_but_itself(run):
         (["--model", "no-such-user/no-such-model"], "could not load 'no-such-user/no-such-model'"),
         (["--config", "missing.yaml"], "cannot read missing.yaml"),
         (["--config"], "--config: needed the path"),
+        (["--report_to", "tensorboard,wandbb"], "with commas between them; did you mean 'wandb'?"),
         (["--report_to", "wandb", "tensorboard"], "got 'tensorboard', which belongs to no option; put commas"),
         (["--resume"], "holds no run to resume"),
     ],

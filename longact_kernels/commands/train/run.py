@@ -12,11 +12,12 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOConfig
 from trl.rewards import get_soft_overlong_punishment
 
 from longact_kernels import LongAct
-from longact_kernels.commands.console import hide_library_bars, progress_bar
+from longact_kernels.commands.console import did_you_mean, hide_library_bars, progress_bar
 from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.callbacks import DetailsFile, GracefulInterrupt, MetricsFile, TrainingProgress
@@ -214,11 +215,16 @@ def check_lengths(arguments: TrainArguments, training: GRPOConfig) -> None:
 
 
 def check_packages(training: GRPOConfig) -> None:
-    """Whether what the options need is installed.
+    """Whether what the options need is known and installed.
 
     Raises:
         ValueError: it is not.
     """
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to: got {name!r}, needed some of {known}, with commas between them{hint}")
     needed = {name: "report_to" for name in training.report_to if name in ("tensorboard", "wandb", "trackio")}
     if training.use_vllm:
         needed["vllm"] = "use_vllm"
