@@ -24,7 +24,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-HEAVY = {"transformers", "trl", "accelerate", "datasets", "rich", "matplotlib", "yaml", "lm_eval"}
+HEAVY = {"transformers", "trl", "verl", "accelerate", "datasets", "rich", "matplotlib", "yaml", "lm_eval"}
 
 
 def imports_of(path: Path) -> set[str]:
