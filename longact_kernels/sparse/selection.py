@@ -109,12 +109,11 @@ class Selection:
                 heads = [list(range(*bound)) for bound, (_, of) in zip(bounds, own, strict=True) if of == kind]
                 if partners is not None:
                     heads = [_paired(head, partners[layer], start) for head in heads]
-                if scope != "head" or kind == "other":
+                apart = scope == "head" and kind != "other"
+                if not apart:
                     heads = [[channel for head in heads for channel in head]]
                 of_kind = [bound for bound, of in ranges if of == kind]
-                for head, competing in zip(
-                    heads, [[one] for one in of_kind] if scope == "head" else [of_kind], strict=True
-                ):
+                for head, competing in zip(heads, [[one] for one in of_kind] if apart else [of_kind], strict=True):
                     channels += head
                     self.groups.append(len(head) // self.width)
                     self.counts.append(share(within, len(head) // self.width))
