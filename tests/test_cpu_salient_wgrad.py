@@ -37,17 +37,32 @@ def test_any_combination(M, N, K, density, dtype, axis, compact, empty, given_ou
     accumulate = accumulate and given_out
 
     wanted = reference(dy.double(), x.double(), rows, axis, compact, None if out is None else out.double(), accumulate)
-    theirs = reference(dy, x, rows, axis, compact, None if out is None else out.clone(), accumulate)
     got = salient_wgrad(dy, x, rows, axis, compact, out, accumulate)
-    assert got.shape == wanted.shape and got.dtype == theirs.dtype and got.is_contiguous()
+    assert got.shape == wanted.shape and got.dtype == (torch.float32 if compact else dtype) and got.is_contiguous()
     assert out is None or got is out
-    # What the order of an fp32 sum may change, and one rounding; of a 16-bit product one more before it is added.
+    # What fp32 sums of M terms may be off by, in whatever order, and one rounding; of a 16-bit product one more before
+    # it is added. How near to torch's own sums they are, many elements tell: test_error_is_that_of_torchs_product.
     magnitude = reference(dy.double().abs(), x.double().abs(), rows, axis, compact)
     product = reference(dy.double(), x.double(), rows, axis, compact).abs()
-    rounding = torch.finfo(torch.float32).eps * magnitude + torch.finfo(got.dtype).eps * wanted.abs()
+    rounding = 1.01 * (M + 70) * 2**-24 * magnitude + torch.finfo(got.dtype).eps * wanted.abs()
     if compact or accumulate:
         rounding += torch.finfo(dtype).eps / 2 * product
-    assert ((got.double() - wanted).abs() <= (theirs.double() - wanted).abs() + rounding).all()
+    assert ((got.double() - wanted).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("M", [100, 600, 5000])
+def test_error_is_that_of_torchs_product(M, axis):
+    """Over thousands of sums the errors of two good orders are alike; one long chain's is several times that."""
+    dy, x = torch.randn(M, 96), torch.randn(M, 96)
+    rows = torch.arange(0, 96, 2)
+    at = (rows,) if axis == "rows" else (slice(None), rows)
+    wanted = (dy.double().t() @ x.double())[at]
+    ours, theirs = (
+        (got.double() - wanted).square().mean().sqrt()
+        for got in (salient_wgrad(dy, x, rows, axis, True), (dy.t() @ x)[at])
+    )
+    assert ours <= 1.25 * theirs
 
 
 def test_channels_outside_the_set_are_zero():
