@@ -13,6 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"longact_kernels {release}"
 html_show_sphinx = False
+html_show_copyright = False
 
 # Links to headings, by the names that forges give them.
 myst_heading_anchors = 4
