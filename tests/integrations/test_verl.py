@@ -1,7 +1,4 @@
-"""The plug-in of verl: with a stand-in for verl's engine, and with verl's own on CPUs where verl 0.9 is installed.
-
-pip install --no-deps verl==0.9.1 tensordict==0.10.0 ... (docs/verl.md has the rest), then this file
-"""
+"""The plug-in of verl: with a stand-in for verl's engine, and with verl's own on CPUs where verl 0.9 is installed."""
 
 import importlib
 import importlib.util
