@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from models import tiny_model, tokens
+from models import checkpointing_option, tiny_model, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -234,7 +234,7 @@ def test_mixed_precision_and_activation_checkpointing(tmp_path, precision):
     for checkpointing in (False, True):
         model = tiny_model()
         longact = LongAct(model)
-        args = arguments(tmp_path, activation_checkpointing=checkpointing, **precision)
+        args = arguments(tmp_path, **checkpointing_option(checkpointing), **precision)
         trainer = by_mixin(model, longact, args)
         trainer.train()
         assert all(rows.any() and not rows.all() for rows in moved_rows(model))
@@ -248,7 +248,7 @@ def test_sft_with_packing(tmp_path):
     model = tiny.model().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     longact = LongAct(model, statistic="l2")
-    args = arguments(tmp_path, SFTConfig, packing=True, max_length=32, bf16=False, activation_checkpointing=False)
+    args = arguments(tmp_path, SFTConfig, packing=True, max_length=32, bf16=False, **checkpointing_option(False))
     data = Dataset.from_dict({"text": [f"the number {i} follows {i - 1}" for i in range(64)]})
     trainer = SparseSFTTrainer(
         model=model, longact=longact, args=args, train_dataset=data, processing_class=tiny.tokenizer()
@@ -285,7 +285,7 @@ def test_grpo(tmp_path, how):
         num_generations=4,
         max_completion_length=4,
         bf16=False,
-        activation_checkpointing=False,
+        **checkpointing_option(False),
     )
     common = {
         "model": model,

@@ -46,3 +46,11 @@ def backward(model: torch.nn.Module, ids: torch.Tensor, **inputs) -> torch.Tenso
     )
     loss.backward()
     return loss.detach()
+
+
+def checkpointing_option(on: bool) -> dict[str, bool]:
+    """The option of `TrainingArguments`, under the name that the installed version of transformers has for it."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
