@@ -328,6 +328,7 @@ def _check_stats(stats: Any, shape: tuple[int, ...]) -> None:
         if tensor is None and (name == "l2_sum" or stats.l2_sum is None):
             continue
         check_tensor(f"stats.{name}", tensor, stats.absmax.device)
+        assert tensor is not None
         if tensor.shape != needed or tensor.dtype != torch.float32:
             raise ValueError(
                 f"stats.{name}: got {tensor.dtype} {list(tensor.shape)}, needed torch.float32 {list(needed)}"

@@ -146,7 +146,7 @@ def fuzz_states(seed: int, runs) -> None:
             state[name] = rng.choice([held.flatten()[:-1], held.unsqueeze(0), held.reshape(-1)])
         elif change == "dtype" and isinstance(held, torch.Tensor):
             state[name] = held.to(rng.choice([torch.float16, torch.float64, torch.int32, torch.bool]))
-        elif isinstance(held, torch.Tensor) and not held.is_floating_point() and held.numel():
+        elif isinstance(held, torch.Tensor) and held.dtype in (torch.int32, torch.int64) and held.numel():
             state[name] = held.clone().flatten().random_(-5, 50).view(held.shape).to(held.dtype)
     before = copy.deepcopy(optimizer.state_dict())
     try:
@@ -218,7 +218,7 @@ def fuzz_configs(seed: int, folder: Path) -> None:
     except SystemExit as error:
         assert error.code == 2
     except Exception as error:
-        ours(error, others="/trl/scripts/")
+        ours(error, others="/trl/")
 
 
 KINDS = {  # inputs in `make test`, and in the slow suite

@@ -142,12 +142,13 @@ def _fused(
         cu_seqlens = cu_seqlens.clamp(0, M).cummax(0).values.to(torch.int32)
         num_pid_m = -(-M // BLOCK_M) + B + 1
     partial = x.new_empty((num_pid_m, N), dtype=torch.float32) if l2 else None
-    if M and N:
-        linear_stats_kernel[(num_pid_m * -(-N // config["BLOCK_N"]),)](
-            x2, weight, bias, y, mask, cu_seqlens, absmax, partial,
-            M, N, K, T, B, num_pid_m, x2.stride(0), weight.stride(0),
-            OVERFLOW=_OVERFLOW[x.dtype], EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=matmul_precision(x), **config,
-        )  # fmt: skip
+    if not (M and N):
+        return y, absmax.view(torch.float32), x.new_zeros((B if l2 else 0, N), dtype=torch.float32)
+    linear_stats_kernel[(num_pid_m * -(-N // config["BLOCK_N"]),)](
+        x2, weight, bias, y, mask, cu_seqlens, absmax, partial,
+        M, N, K, T, B, num_pid_m, x2.stride(0), weight.stride(0),
+        OVERFLOW=_OVERFLOW[x.dtype], EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=matmul_precision(x), **config,
+    )  # fmt: skip
     if partial is None:
         sumsq = x.new_zeros((0, N), dtype=torch.float32)
     elif cu_seqlens is None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.arguments import check_tensors, overlaps_itself
+from longact_kernels.ops.arguments import check_list, check_tensors, overlaps_itself
 from longact_kernels.ops.dispatch import launch, runs_triton, warn_reference
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference.sparse_adamw import AdamWCall
@@ -99,6 +99,8 @@ class AdamWPlan:
         axis: str = "rows",
     ):
         lists = weights, index, exp_avgs, exp_avg_sqs, steps, masters
+        for name, tensors in zip(_HELD, lists, strict=True):
+            check_list(name, tensors)
         self._held: dict[str, Any] = {name: [*tensors] for name, tensors in zip(_HELD, lists, strict=True)}
         self._options: dict[str, Any] = dict(compact=compact, axis=axis)
         call = self._call([])
@@ -131,6 +133,7 @@ class AdamWPlan:
             TypeError, ValueError: for gradients or numbers that do not fit, naming the argument.
             IndexError: as of :func:`sparse_adamw_`.
         """
+        check_list("grads", grads)
         call = self._call(
             list(grads), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize,
             grad_scale=grad_scale, found_inf=found_inf, seed=seed,
@@ -386,8 +389,6 @@ class Launcher:
 
         from longact_kernels.csrc_triton.sparse_adamw import FIELDS, sparse_adamw
 
-        if self._programs == 0:
-            return
         grads, dtype = call.grads, call.weights[0].dtype
         plain = Tensor.is_contiguous if self._whole else _has_plain_rows
         if not (grads[0].dtype in (dtype, torch.float32) and all(map(plain, grads))):
@@ -398,6 +399,8 @@ class Launcher:
             # As torch's own fused form: the kernel reads the counts, of which many programs share one.
             stepped = 1.0 if call.found_inf is None else (call.found_inf.reshape(()) == 0).to(torch.float32)
             torch._foreach_add_(call.steps, stepped)
+        if self._programs == 0:
+            return
         table, weight_of, kind = self._on_device(call, layout)
         types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         scalars = (self._scalar(name, getattr(call, name)) for name in ("lr", "grad_scale", "found_inf"))

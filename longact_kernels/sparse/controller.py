@@ -845,12 +845,20 @@ class LongAct:
                 f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
                 "while LongAct was on the model"
             )
-        if (saved := len(state["salient_rows"])) != salient.size:
+        for name, value in state.items():
+            if name.startswith("salient_") and not isinstance(value, Tensor):
+                raise ValueError(
+                    f"load_state_dict: {name} of {salient.name} is a {type(value).__name__}, needed a tensor; the "
+                    "checkpoint is damaged"
+                )
+        if (saved := state["salient_rows"].numel()) != salient.size:
             raise ValueError(
                 f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
                 f"{salient.size}; use the density and scope of the saved run"
             )
-        if differs := difference(self._config_of(salient), state.get("salient_options", torch.empty(0)).tolist()):
+        if differs := difference(
+            self._config_of(salient), state.get("salient_options", torch.empty(0)).flatten().tolist()
+        ):
             raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
         for name, own in self.state_for(salient).items():
             if name == "salient_options" or (name not in state and name in SINCE_0_1):
