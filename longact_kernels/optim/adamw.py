@@ -269,12 +269,13 @@ class SalientAdamW(SalientOptimizer):
                 return {"step": state["step"], **moments, "master": p.detach().float()}
             return state
         dim = 0 if salient is None else salient.dim
-        adopted = self.new_state(p, p.detach(), dim)
+        own = local if salient is not None and self.compact else lambda held: held
+        adopted = self.new_state(p, own(p.detach()), dim)
         adopted["step"].fill_(int(state["step"]))
         for name in self.moment_names:
-            adopted[name].copy_(state[name])
+            adopted[name].copy_(own(state[name]))
         if salient is not None and self.compact:
-            adopted["rows"] = torch.arange(p.shape[dim], device=p.device)
+            adopted["rows"] = torch.arange(local(p).shape[dim], device=p.device)
         return adopted
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
-from longact_kernels.sparse.sharding import bounds, is_sharded, local, local_channels, zeros_by_channel
+from longact_kernels.sparse.sharding import LocalSets, assembled, bounds, is_sharded, local, spread, zeros_by_channel
 
 State = Literal["full", "compact"]
 Salient = dict[int, tuple[LongAct, SalientLayer]]
@@ -97,7 +97,7 @@ class SalientOptimizer(Optimizer, ABC):
     def _forget(self) -> None:
         self._followed: dict[Any, int] = {}  # by weight, the version of its set that its compact state belongs to
         self._versions: dict[Any, tuple[int, int]] = {}  # by weight with a master, what our last step left
-        self._local: dict[Any, Tensor] = {}  # by sharded weight, its part of its set: at one address
+        self._local: LocalSets | None = None  # what of the sets of sharded weights lies here
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer's own leaves out what a subclass adds.
@@ -129,6 +129,7 @@ class SalientOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._find_local_sets(salient)
         if any(longact.idle for longact in controllers) and self._only_makes_states():
             self._make_states(salient)
             return loss
@@ -136,10 +137,11 @@ class SalientOptimizer(Optimizer, ABC):
             if longact.compact is not None:
                 longact.compact.check_untouched()
             longact.mask_gradients()
+        self._find_local_sets(salient)
         work = [self._split(group, salient) for group in self.param_groups]
         grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])
         for one in work:  # before any weight changes: what does not fit is said here
-            self._follow_sets([(p, salient) for p, _, salient in one.sparse])
+            self._follow_sets([(p, *salient[id(p)]) for p, *_ in one.sparse])
         for one in work:
             self._follow_weights(one.params)
         for group, (plain, whole, sparse) in zip(self.param_groups, work, strict=True):
@@ -293,18 +295,24 @@ class SalientOptimizer(Optimizer, ABC):
     ) -> None:
         entries = defaultdict(list)
         for p, grad, salient in params:
-            weight, index, state = p.detach(), salient.index, self.state[p]
-            if is_sharded(p):
-                weight, grad, index = local(weight), local(grad), self._local_index(p, salient)
-                state = {name: local(tensor) for name, tensor in state.items()}
-            entries[AXES[salient.dim]].append(Entry(weight, grad, index, state))
+            state = {name: local(tensor) for name, tensor in self.state[p].items()}
+            entry = Entry(local(p.detach()), local(grad), self._index(p, salient), state)
+            entries[AXES[salient.dim]].append(entry)
         for axis, of_axis in entries.items():
             self._run(group, of_axis, axis, self.compact, grad_scale, found_inf)
 
-    def _local_index(self, p: Any, salient: SalientSet) -> Tensor:
-        start, count = bounds(p, salient.dim)
-        index = local_channels(salient.index, start, count, salient.most(start, start + count))
-        return self._local.setdefault(p, torch.empty_like(index)).copy_(index)
+    def _find_local_sets(self, salient: Salient) -> None:
+        """Looks up which channels of the sets lie on this rank: of sharded weights, a part."""
+        sharded = [p for p in params_of(self.param_groups) if id(p) in salient and is_sharded(p)]
+        weights = [(p, salient[id(p)][1].salient) for p in sharded]
+        if weights and (self._local is None or not self._local.fits(weights)):
+            self._local = LocalSets(weights)
+        if weights and self._local is not None:
+            self._local.follow(always=_capturing(sharded[0]))
+
+    def _index(self, p: Any, salient: SalientSet) -> Tensor:
+        """A set's channels, as this rank counts those of the weight."""
+        return salient.index if self._local is None or not is_sharded(p) else self._local.of[p]
 
     # State
 
@@ -325,32 +333,45 @@ class SalientOptimizer(Optimizer, ABC):
         return state
 
     def _make_states(self, salient: Salient) -> None:
-        """Makes the state of all parameters with a gradient, but for that of sets which are not chosen yet."""
+        """Makes the state of all parameters with a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or self.state[p]:
                     continue
                 if id(p) not in salient and not self._by_kernel(p):
                     self.state[p].update(self.new_plain_state(group, p))
-                elif id(p) not in salient or not self.compact:
-                    dim = salient[id(p)][1].salient.dim if id(p) in salient else 0
-                    self.state[p].update(self.new_state(p, p.detach(), dim))
+                elif id(p) not in salient:
+                    self.state[p].update(self.new_state(p, p.detach()))
+                else:
+                    self._make_salient_state(p, *salient[id(p)])
+
+    def _make_salient_state(self, p: Any, longact: LongAct, layer: SalientLayer) -> None:
+        state, salient = self.state[p], layer.salient
+        if self.compact:
+            index = self._index(p, salient)
+            kept = local(p.detach()).index_select(salient.dim, index.clamp(min=0))
+            state.update(self.new_state(p, kept, salient.dim), rows=index.clone())
+        else:
+            state.update(self.new_state(p, p.detach(), salient.dim))
+        # Under the names that `state_dict` has beside them: torch.distributed.checkpoint loads what it finds here.
+        state.update(longact.kept_for(salient))
+
+    def _channels_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a state has for each channel."""
+        return {name: state[name] for name in ("step", *self.moment_names, "master") if name in state}
 
     @abstractmethod
     def new_plain_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         """State of an ordinary parameter as torch's optimizer keeps it; needs a tensor `step`."""
 
-    def _follow_sets(self, params: list[tuple[Any, SalientSet]]) -> None:
+    def _follow_sets(self, params: list[tuple[Any, LongAct, SalientLayer]]) -> None:
         """Makes the salient weights' state, and moves compact state over to the channels that are salient now."""
         moved = defaultdict(list)
-        for p, salient in params:
-            state, index, dim = self.state[p], salient.index, salient.dim
-            if self.compact and is_sharded(p):
-                raise ValueError(
-                    "state: 'compact' would keep a slot for every salient channel on every rank of a sharded weight; "
-                    "use state='full'"
-                )
-            if (state and state[self.moment_names[0]].shape[1 - dim] != p.shape[1 - dim]) or (
+        for p, longact, layer in params:
+            salient = layer.salient
+            state, index, dim = self.state[p], self._index(p, salient), salient.dim
+            like = local(p) if self.compact else p
+            if (state and state[self.moment_names[0]].shape[1 - dim] != like.shape[1 - dim]) or (
                 state and not self.compact and len(state["step"]) != p.shape[dim]
             ):
                 raise RuntimeError(
@@ -358,17 +379,14 @@ class SalientOptimizer(Optimizer, ABC):
                     "go on with a new optimizer"
                 )
             if not state:
-                kept = p.detach().index_select(dim, index.clamp(min=0)) if self.compact else p.detach()
-                state.update(self.new_state(p, kept, dim))
-                if self.compact:
-                    state["rows"] = index.clone()
+                self._make_salient_state(p, longact, layer)
             elif self.compact and len(state["rows"]) != len(index):
                 self._resize(p, salient)
             elif self.compact and (self._followed.get(p) != salient.version or _capturing(p)):
                 moved[dim].append((p, state, index))
             self._followed[p] = salient.version
         for dim, entries in moved.items():
-            states = [[held for name, held in sorted(state.items()) if name != "rows"] for _, state, _ in entries]
+            states = [list(self._channels_of(state).values()) for _, state, _ in entries]
             # Values of 32 bits are what `carry_` moves.
             wide = [[own.float() if own.dtype == torch.bfloat16 else own for own in layer] for layer in states]
             old, new = [state["rows"] for _, state, _ in entries], [index for *_, index in entries]
@@ -380,7 +398,7 @@ class SalientOptimizer(Optimizer, ABC):
             chosen = torch._foreach_clamp_min(new, 0)
             for (p, state, _), kept, rows in zip(entries, stays, chosen, strict=True):
                 if "master" in state:
-                    master, fresh = state["master"], p.detach().index_select(dim, rows)
+                    master, fresh = state["master"], local(p.detach()).index_select(dim, rows)
                     torch.where(kept.unsqueeze(1 - dim), master, fresh, out=master)
 
     def _follow_weights(self, params: list[Any]) -> None:
@@ -391,23 +409,24 @@ class SalientOptimizer(Optimizer, ABC):
                 continue
             state, weight = self.state[p], p.detach()
             if self.compact and "rows" in state:
-                dim = 0 if state["master"].shape[1] == p.shape[1] else 1
+                weight = local(weight)
+                dim = 0 if state["master"].shape[1] == weight.shape[1] else 1
                 weight = weight.index_select(dim, state["rows"].clamp(min=0))
             master = state["master"]
             master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
 
     def _resize(self, p: Any, salient: SalientSet) -> None:
         """Compact state of a set of another size, as of another density or of all channels, for the set of now."""
-        state, index, dim = self.state[p], salient.index, salient.dim
-        old = state.pop("rows")
+        state, weight, dim = self.state[p], local(p.detach()), salient.dim
+        index, old = self._index(p, salient), state.pop("rows")
         filled = (old >= 0).nonzero().flatten()
         chosen = index.clamp(min=0)
-        fresh = self.new_state(p, p.detach().index_select(dim, chosen), dim)
-        for name, held in state.items():
+        fresh = self.new_state(p, weight.index_select(dim, chosen), dim)
+        for name, held in self._channels_of(state).items():
             along = 0 if name == "step" else dim
             shape = list(held.shape)
-            shape[along] = p.shape[dim]
-            whole = p.detach().float() if name == "master" else held.new_zeros(shape)
+            shape[along] = weight.shape[dim]
+            whole = weight.float() if name == "master" else held.new_zeros(shape)
             whole = whole.index_copy(along, old[filled], held.index_select(along, filled))
             fresh[name].copy_(whole.index_select(along, chosen))
             # Slots without a channel hold nothing.
@@ -418,25 +437,59 @@ class SalientOptimizer(Optimizer, ABC):
     # What is kept
 
     def salient_state_bytes(self) -> tuple[int, int]:
-        """Bytes of state kept for the salient weights, and what the dense optimizer with the same dtypes would keep."""
+        """Bytes of this rank's state for salient weights, and of a dense optimizer's with the same dtypes."""
         ours = dense = 0
         salient = salient_weights()
         for p in params_of(self.param_groups):
             if id(p) in salient:
-                ours += sum(value.nbytes for value in self.state.get(p, {}).values())
-                dense += p.numel() * (len(self.moment_names) * self.moments.itemsize + 4 * self.has_master(p))
+                state = self.state.get(p, {})
+                ours += sum(local(state[name]).nbytes for name in state if not name.startswith("salient_"))
+                dense += local(p).numel() * (len(self.moment_names) * self.moments.itemsize + 4 * self.has_master(p))
         return ours, dense
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer, with the salient sets and the statistics since the last refresh."""
+        salient = salient_weights()
+        for longact in self._controllers(salient):
+            longact.settle()
         saved = super().state_dict()
         state = dict(saved["state"])
-        salient = salient_weights()
         for p, i in zip(params_of(self.param_groups), params_of(saved["param_groups"]), strict=True):
             if i in state and id(p) in salient:
                 longact, layer = salient[id(p)]
-                state[i] = {**state[i], **longact.state_for(layer.salient)}
+                held = self._spread(p, longact, layer) if self.compact and is_sharded(p) else state[i]
+                state[i] = {**held, **longact.state_for(layer.salient)}
         return {**saved, "state": state}
+
+    @torch.no_grad()
+    def _spread(self, p: Any, longact: LongAct, layer: SalientLayer) -> dict[str, Tensor]:
+        """Compact state of a sharded weight as that of the whole set: all ranks make it together."""
+        self._find_local_sets(salient_weights())
+        self._follow_sets([(p, longact, layer)])
+        salient, state = layer.salient, self.state[p]
+        filled = (state["rows"] >= 0).nonzero().flatten()
+        places = torch.searchsorted(salient.index, state["rows"][filled] + bounds(p, salient.dim)[0])
+        spread_state = {"rows": salient.index.clone()}
+        for name, held in self._channels_of(state).items():
+            dim = 0 if name == "step" else salient.dim
+            spread_state[name] = spread(held.index_select(dim, filled), places, salient.size, dim, p, salient.dim)
+        return spread_state
+
+    def _gathered(self, p: Any, state: dict[str, Tensor], salient: SalientSet) -> dict[str, Tensor]:
+        """This rank's part of what `_spread` gave, or of compact state of a whole weight."""
+        (start, count), rows = bounds(p, salient.dim), assembled(state["rows"])
+        here = ((rows >= start) & (rows < start + count)).nonzero().flatten()
+        slots = rows.new_full((salient.most(start, start + count),), -1)
+        slots[len(slots) - len(here) :] = here
+        empty, taken = slots < 0, slots.clamp(min=0)
+        part = {**state, "rows": torch.where(empty, -1, rows[taken] - start)}
+        for name, held in self._channels_of(state).items():
+            held, dim = assembled(held), 0 if name == "step" else salient.dim
+            if held.ndim > 1:
+                held = held.narrow(1 - dim, *bounds(p, 1 - dim))
+            held = held.index_select(dim, taken)
+            part[name] = held.masked_fill(empty.view([-1 if d == dim else 1 for d in range(held.ndim)]), 0)
+        return part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, in the dtypes that it was saved in; or a checkpoint of torch's optimizer.
@@ -478,13 +531,15 @@ class SalientOptimizer(Optimizer, ABC):
             }
             if foreign:
                 state = self.adopt(p, state, salient[id(p)][1].salient if id(p) in salient else None)
+            elif "rows" in state and is_sharded(p):
+                state = self._gathered(p, state, salient[id(p)][1].salient)
             loaded[p] = state
         # From here on nothing can fail.
         super().load_state_dict({**state_dict, "param_groups": self.completed(state_dict["param_groups"])})
         for p, state in loaded.items():
             if not foreign and id(p) in salient:
                 salient[id(p)][0].load_state_for(salient[id(p)][1].salient, state)
-            self.state[p] = {name: value for name, value in state.items() if not name.startswith("salient_")}
+            self.state[p] = state
         self._forget()
 
     def _check_foreign(self, p: Tensor, state: dict[str, Tensor]) -> None:

@@ -825,6 +825,10 @@ class LongAct:
     def state_for(self, salient: SalientSet) -> dict[str, Tensor]:
         """What resuming needs of one layer, as tensors of fixed shapes: distributed checkpoints are read in place."""
         self.settle()
+        return self.kept_for(salient)
+
+    def kept_for(self, salient: SalientSet) -> dict[str, Tensor]:
+        """`state_for` in the midst of a step."""
         period = self._statistics.state(salient.channels, salient.segments)
         return {
             "salient_steps": torch.tensor(self.steps),

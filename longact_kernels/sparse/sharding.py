@@ -150,3 +150,80 @@ def bounds(weight: Any, dim: int) -> tuple[int, int]:
 
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return offset[dim], shape[dim]
+
+
+class LocalSets:
+    """What of the salient sets of sharded weights lies on this rank, of all layers at once and at addresses that stay.
+
+    Args:
+        weights: each with its set.
+
+    Attributes:
+        of: for each weight, its channels as this rank counts them, behind empty slots (-1): as many as there can be.
+    """
+
+    def __init__(self, weights: list[tuple[Any, Any]]):
+        self.weights = weights
+        self.versions: list[int] = []
+        places = [bounds(p, salient.dim) for p, salient in weights]
+        device, sizes = weights[0][0].device, torch.tensor([salient.size for _, salient in weights])
+        # Each layer's channels as numbers of their own, so that one sort serves all.
+        width = 2 + max(count for _, count in places)
+        columns = torch.tensor([(start, start + count, i * width) for i, (start, count) in enumerate(places)])
+        self.start, self.stop, self.base = columns.repeat_interleave(sizes, 0).to(device).unbind(1)
+        self.index = torch.full_like(self.start, -1)
+        most = [
+            salient.most(start, start + count) for (start, count), (_, salient) in zip(places, weights, strict=True)
+        ]
+        parts = self.index.split(sizes.tolist())
+        self.of = {p: part[len(part) - m :] for (p, _), part, m in zip(weights, parts, most, strict=True)}
+
+    def fits(self, weights: list[tuple[Any, Any]]) -> bool:
+        """Whether they are those of the same weights and sets, on their device."""
+        same = len(weights) == len(self.weights) and all(
+            p is q and one is other for (p, one), (q, other) in zip(weights, self.weights, strict=True)
+        )
+        return same and weights[0][0].device == self.index.device
+
+    def follow(self, always: bool = False) -> None:
+        """Reads the sets again if they have changed, or always."""
+        versions = [salient.version for _, salient in self.weights]
+        if versions == self.versions and not always:
+            return
+        self.versions = versions
+        index = torch.cat([salient.index for _, salient in self.weights])
+        here = (index >= self.start) & (index < self.stop)
+        own = torch.where(here, index - self.start, -1) + self.base
+        self.index.copy_(own.sort().values - self.base)
+
+
+def spread(held: Tensor, places: Tensor, size: int, dim: int, weight: Any, channels: int) -> Tensor:
+    """What ranks hold for some of a set's channels each, as a DTensor for all of it, which can be placed anew.
+
+    Args:
+        held: of this rank.
+        places: of its channels in the set.
+        size: of the set.
+        dim: of `held`, that the channels lie along.
+        weight: a DTensor, sharded over the ranks.
+        channels: the weight's dimension that the channels lie along.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    shape = list(held.shape)
+    shape[dim] = size
+    whole = held.new_zeros(shape).index_copy_(dim, places, held)
+    split = [shard_dim(one) for one in weight.placements]
+    other = Shard(1 - dim) if held.ndim > 1 else Replicate()
+    added = [Replicate() if of is None else Partial() if of == channels else other for of in split]
+    placed = [Replicate() if of is None else Shard(dim) if of == channels else other for of in split]
+    if held.ndim > 1:
+        shape[1 - dim] = weight.shape[1 - channels]
+    stride = torch.empty(shape, device="meta").stride()
+    one = DTensor.from_local(whole, weight.device_mesh, added, run_check=False, shape=torch.Size(shape), stride=stride)
+    return one.redistribute(placements=placed)
+
+
+def assembled(tensor: Any) -> Tensor:
+    """A tensor of which ranks hold parts, on each of them."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
