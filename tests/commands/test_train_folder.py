@@ -319,6 +319,19 @@ def test_two_runs_cannot_begin_in_one_folder(place, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_came_to_no_checkpoint_gives_way_to_another(place, run):
+    shutil.rmtree(run / "checkpoint-1")
+    with pytest.raises(ValueError, match="is not empty"):
+        RunFolder(*parse(words(place, run)))
+    (run / "checkpoint-2" / MANIFEST).unlink()
+    for path in run.iterdir():
+        if path.name not in ("run.json", "accuracy_before.json", "metrics.jsonl", ".lock", "checkpoint-2"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    RunFolder(*parse(words(place, run, "--density", 0.5))).close()
+    # Its accuracy was of other options.
+    assert not (run / "accuracy_before.json").exists() and not (run / "run.json").exists()
+
+
 # Full disks
 
 

@@ -66,12 +66,14 @@ class RunFolder:
         self._check_writable()
         if not self.arguments.resume:
             self._acquire()
-            held = {path.name for path in self.path.iterdir()}
-            if not held <= OF_A_START | {path.name for path in checkpoints_in(self.path) if not is_sealed(path)}:
+            names = {path.name for path in self.path.iterdir()}
+            if not names <= OF_A_START | {path.name for path in checkpoints_in(self.path) if not is_sealed(path)}:
                 raise ValueError(
                     f"output_dir: {self.path} is not empty; go on with the run in it by --resume, or name another "
                     "output_dir"
                 )
+            for name in OF_A_START - {LOCK, OWNER}:  # of a run with other options
+                (self.path / name).unlink(missing_ok=True)
             return None, []
         if not (self.path / "run.json").is_file():
             raise ValueError(f"output_dir: {self.path} holds no run to resume")
@@ -233,7 +235,7 @@ def in_first_process(work: Callable[[], T]) -> T:
             found[0] = work()
         except ValueError as error:
             found[1] = str(error)
-    value, error = broadcast_object_list(found)
-    if error is not None:
-        raise ValueError(error)
+    value, wrong = broadcast_object_list(found)
+    if wrong is not None:
+        raise ValueError(wrong)
     return value
