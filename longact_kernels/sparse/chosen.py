@@ -172,10 +172,10 @@ class ChosenSets:
         self.times[place] = int(state.get("salient_times", salient.chosen))
         self.saliency[salient.channels] = state["salient_saliency"].to(self.saliency)
 
-    def history(self) -> Iterator[tuple[SalientSet, Tensor | None, Tensor]]:
-        """Every layer that has a set, with the set before it, if there was one, and its first."""
-        for salient, before, first, times in zip(
-            self.sets, self.parts(self.before), self.parts(self.first), self.times.tolist(), strict=True
-        ):
+    def history(self) -> Iterator[tuple[SalientSet, Tensor, Tensor | None, Tensor]]:
+        """Every layer that has a set: the set, the one before it, if there was one, and its first, on the host."""
+        held = torch.cat((self.index, self.before, self.first, self.times.long())).cpu()  # in one transfer
+        *sets, times = held.split([len(self.index)] * 3 + [len(self.times)])
+        for salient, index, before, first, often in zip(self.sets, *map(self.parts, sets), times.tolist(), strict=True):
             if salient.chosen:
-                yield salient, before if times > 1 else None, first
+                yield salient, index, before if often > 1 else None, first

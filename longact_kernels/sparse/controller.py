@@ -754,7 +754,8 @@ class LongAct:
     def churn(self) -> dict[str, float]:
         """1 − Jaccard overlap of each layer's set with its previous set; empty until there are two."""
         self.settle()
-        return {s.name: 1 - jaccard(s.index, before) for s, before, _ in self._chosen.history() if before is not None}
+        sets = self._chosen.history()
+        return {s.name: 1 - jaccard(index, before) for s, index, before, _ in sets if before is not None}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """The state of each layer, as numpy arrays and numbers.
@@ -765,10 +766,8 @@ class LongAct:
             overlap with the previous set (NaN until there are two); `overlap` the Jaccard overlap with the first set.
         """
         self.settle()
-        saliency = self._chosen.saliency
-        return {
-            s.name: layer_report(s, saliency[s.channels], before, first) for s, before, first in self._chosen.history()
-        }
+        saliency = self._chosen.saliency.clone().cpu()
+        return {s.name: layer_report(s, saliency[s.channels], *sets) for s, *sets in self._chosen.history()}
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws `report()`: magnitudes by layer, head and channel, salient channels in colour; churn and overlap.

@@ -15,19 +15,21 @@ def jaccard(one: Tensor, other: Tensor) -> float:
     return len(first & second) / len(first | second) if first | second else 1.0
 
 
-def layer_report(salient: SalientSet, saliency: Tensor, before: Tensor | None, first: Tensor) -> dict[str, Any]:
+def layer_report(
+    salient: SalientSet, saliency: Tensor, index: Tensor, before: Tensor | None, first: Tensor
+) -> dict[str, Any]:
     """What `LongAct.report()` says of a layer.
 
     Args:
-        salient: its set.
+        salient: of the layer.
         saliency: of its channels.
+        index: its set.
         before: the set before it, if there was one.
         first: its first set.
     """
-    index = salient.index
     return {
-        "saliency": saliency.cpu().numpy(),
-        "salient": index[index >= 0].cpu().numpy(),
+        "saliency": saliency.numpy(),
+        "salient": index[index >= 0].numpy(),
         "heads": salient.heads,
         "churn": float("nan") if before is None else 1 - jaccard(index, before),
         "overlap": jaccard(index, first),

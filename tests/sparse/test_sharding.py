@@ -10,8 +10,10 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longact_kernels import LongAct, SalientAdamW
+from longact_kernels.sparse.sharding import LocalSets
 
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
 
@@ -111,5 +113,38 @@ def test_compact_gradients_of_sharded_weights_are_refused(by_layer, tmp_path):
             backward(model, tokens())
         with pytest.raises(ValueError, match=message):
             SalientAdamW(model.parameters()).step()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Dispatched(TorchDispatchMode):
+    """Counts the operations that are dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_what_lies_here_is_looked_up_once_a_refresh_for_all_layers_together(layers, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        model = tiny_model("Qwen2", num_hidden_layers=layers)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        longact = LongAct(model, refresh_every=2)
+        weights = [(layer.weight, layer.salient) for layer in longact.layers.values()]
+        backward(model, tokens())
+        longact.mask_gradients()
+        here = LocalSets(weights)
+        with _Dispatched() as dispatched:
+            here.follow()
+        assert 0 < dispatched.count < 12
+        with _Dispatched() as dispatched:
+            here.follow()
+        assert dispatched.count == 0
+        for weight, salient in weights:
+            assert torch.equal(here.of[weight], salient.index)
     finally:
         dist.destroy_process_group()
