@@ -92,7 +92,7 @@ class Killer:
             if (save[0], saved[0]) == ("save", "saved")
         ]
         if turn % 2:
-            return "save", self.rng.uniform(0, sorted(saves)[len(saves) // 2])
+            return "save", self.rng.uniform(0, min(saves[-10:]))
         # From before training begins to some steps into it.
         return "run", self.rng.uniform(0.3, 1.5) * sorted(begun)[len(begun) // 2]
 
