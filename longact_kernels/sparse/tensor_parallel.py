@@ -71,7 +71,7 @@ def project_part(x: Any, weight: Any, bias: Any, salient: SalientSet, *counted: 
 
 def wrapped_forward(module: nn.Module) -> CellType | None:
     """Where transformers' tensor parallelism keeps the forward of a layer that it has put its own in front of."""
-    forward = vars(module).get("forward")
+    forward: Any = vars(module).get("forward")
     if getattr(forward, "__module__", None) != "transformers.distributed.tensor_parallel":
         return None
     return dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True)).get("original_forward")
