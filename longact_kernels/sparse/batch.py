@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -21,7 +21,7 @@ class Pass:
     Attributes:
         weight: the layer's weight.
         own: the same, if its gradient lies there.
-        near: parameters that may get theirs in the same backward, small ones first.
+        block: ids of the parameters of the layer's block, which stand for it before others do.
         came: whether a pass has come.
         witness: a parameter that gets its gradient later in the same backward than the layer: while it has one, nobody
             has zeroed the layer's. It stays from step to step.
@@ -31,7 +31,7 @@ class Pass:
 
     weight: Tensor | None = None
     own: Tensor | None = None
-    near: list[Tensor] = field(default_factory=list)
+    block: frozenset[int] = frozenset()
     came: bool = False
     witness: Tensor | None = None
     version: int | None = None
@@ -42,16 +42,22 @@ class Pass:
         """Forgets the passes: a step has used them, or they were dropped."""
         self.came, self.version = False, None
 
-    def begin(self) -> None:
+    def begin(self, without: list[Tensor]) -> None:
+        """Says that a backward has come.
+
+        Args:
+            without: what had no gradient when it began, of the parameters that get one beside compact ones.
+        """
         if self.witness is None:
-            candidates = self.near if self.own is None else [self.own]
+            candidates = without if self.own is None else [self.own]
             self._without = [p for p in candidates if p.grad is None]
         self.came = True
 
     def end(self) -> Tensor | None:
         """Looks at the witness after a backward; returns its gradient if whether that is zero is worth knowing."""
         if self.witness is None:
-            self.witness = next((p for p in self._without if p.grad is not None), None)
+            reached = [p for p in self._without if p.grad is not None]
+            self.witness = min(reached, key=lambda p: (id(p) not in self.block, p.numel()), default=None)
             self._without = []
         if self.witness is not None:
             grad = self.witness.grad
@@ -95,7 +101,7 @@ class Pass:
             **self.__dict__,
             "weight": None,
             "own": None,
-            "near": [],
+            "block": frozenset(),
             "came": False,
             "witness": None,
             "version": None,
@@ -154,6 +160,8 @@ class Batch:
     def __init__(self, begin: Callable[[], None], drop: Callable[[list[Pass]], None], end: Callable[[], None]):
         self.begin, self.drop, self.end = begin, drop, end
         self.passes: list[Pass] = []
+        self.beside: Sequence[Tensor] = []  # parameters without a set, where gradients of those with one are compact
+        self.without: list[Tensor] = []  # those of them that train, and had no gradient when the pass began
         self.task = -1
         self.unseen: Unseen | None = Unseen()  # until a step has been seen
 
@@ -175,10 +183,11 @@ class Batch:
             if self.unseen is not None:
                 self.unseen.check(own.weight)
             self.drop_zeroed(begins=True)
+            self.without = [p for p in self.beside if p.requires_grad and p.grad is None]
             self.task = task
             if task != -1:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
-        own.begin()
+        own.begin(self.without)
         return task != -1
 
     def drop_zeroed(self, begins: bool = False) -> None:

@@ -43,8 +43,12 @@ class CompactGradients:
     @property
     def alone(self) -> bool:
         """Whether nothing else of the model trains."""
+        return not any(p.requires_grad for p in self.beside())
+
+    def beside(self) -> list[nn.Parameter]:
+        """The model's other parameters."""
         salient = {id(layer.weight) for layer in self.layers.values()}
-        return not any(p.requires_grad for p in self.model.parameters() if id(p) not in salient)
+        return [p for p in self.model.parameters() if id(p) not in salient]
 
     def undo(self) -> list[Callable[[], Any]]:
         """What leaves the model as it was."""
@@ -95,13 +99,10 @@ class CompactGradients:
         """Puts the accumulators on a device; tells layers where theirs are, and what gets a gradient beside them."""
         if self.flat is not None:
             self.flat.move(device)
-        salient = {id(layer.weight) for layer in self.layers.values()}
-        everywhere = sorted((p for p in self.model.parameters() if id(p) not in salient), key=Tensor.numel)
         for name, layer in self.layers.items():
             layer.salient.grad = None if self.flat is None else self.flat.parts[name]
-            block = {id(p) for p in self.model.get_submodule(".".join(name.split(".")[:-2])).parameters()}
-            inside, outside = ([p for p in everywhere if (id(p) in block) == within] for within in (True, False))
-            layer.salient.passes.near = [*inside, *outside]
+            block = self.model.get_submodule(".".join(name.split(".")[:-2]))
+            layer.salient.passes.block = frozenset(map(id, block.parameters()))
 
     def begin_step(self) -> None:
         """Has backward put the gradients of sets into accumulators from now on."""

@@ -217,6 +217,9 @@ class LongAct:
         order = None if config.site == "projection" else torch.tensor(source)
         self._statistics = Statistics(STATISTICS[config.statistic], sizes, order, device, self.sequence_ranks)
         self._chosen.begin(list(self._sets()))
+        if config.grad == "compact":
+            self.compact = CompactGradients(self.model, self.layers, self.ranks)
+            self._undo += self.compact.undo()
         self._place(device)
         for path, of_attention in taps.items():
             tap_at = tap_norm if config.site == "norm" else tap_rope
@@ -225,10 +228,6 @@ class LongAct:
         attentions = dict.fromkeys(projection.attention for projection in projections)
         self._undo += tell_masks(map(self.model.get_submodule, attentions), self.call)
         self._undo.append(TellingZeroGrad(self.model, self.zero_grad).undo)
-        if config.grad == "compact":
-            self.compact = CompactGradients(self.model, self.layers, self.ranks)
-            self._undo += self.compact.undo()
-            self.compact.place(device)
 
     def _sets(self) -> Iterator[SalientSet]:
         return (layer.salient for layer in self.layers.values())
@@ -245,6 +244,7 @@ class LongAct:
         self._chosen.move(device)
         if self.compact is not None:
             self.compact.place(device)
+            self.batch.beside = self.compact.beside()
         self.batch.passes = [salient.passes for salient in self._sets()]
         for layer in self.layers.values():
             # Of a sharded parameter, gradients come and go with every backward that is accumulated.
