@@ -1,10 +1,16 @@
 """Compact state and compact gradients save what they promise, as the allocator counts it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import backward, tiny_model, tokens
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.memory import steps
+from longact_kernels import LongAct, SalientAdamW
+
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,3 +30,43 @@ def test_query_and_key_memory_is_at_most_31_hundredths_of_dense(dtype):
     assert both.qk_gradients == weights * 4 * 19 / 64
     assert full.qk_gradients == compact.qk_gradients == dense.qk_gradients
     assert both.peak < compact.peak < full.peak
+
+
+@pytest.mark.parametrize("density", [0.3, 0.1, 0.01])
+def test_bytes_of_qwen3_8b_with_all_linear_layers_sparse(density):
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    longact = LongAct(model, target_modules="all-linear", density=density, grad="compact")
+    optimizer = SalientAdamW(model.parameters(), longact=longact, state="compact")
+    state = 0
+    for layer in longact.layers.values():
+        salient = layer.salient
+        kept = layer.weight.detach().index_select(salient.dim, salient.index)
+        kinds = optimizer.new_state(layer.weight, kept, salient.dim)
+        state += (
+            sum(held.nbytes for held in kinds.values()) + 2 * salient.index.nbytes
+        )  # the set, and that of the state
+        salient.chosen = True
+    longact.compact.begin_step()
+    # The same by hand: rows by layer, and of each row moments, master and gradient.
+    q, kv, hidden, mlp = (max(1, int(density * n + 0.5)) for n in (128, 1024, 4096, 12288))
+    elements = 36 * 4096 * ((32 + 8) * q + kv + hidden + 2 * mlp + 3 * hidden)
+    rows = 36 * ((32 + 8) * q + kv + 2 * hidden + 2 * mlp)
+    assert state == elements * 12 + rows * (4 + 16)
+    gradients = longact.compact.flat.buffer.nbytes
+    assert gradients == 4 * (elements + 252)  # and a flag for each layer
+    weights = sum(p.nbytes for p in model.parameters())
+    told = [weights, state, gradients, weights + state + gradients]
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| density {density} |"))
+    assert [float(cell) for cell in row.split("|")[2:6]] == [round(size / 1e9, 2) for size in told]
