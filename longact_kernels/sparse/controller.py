@@ -767,7 +767,10 @@ class LongAct:
         """
         self.settle()
         saliency = self._chosen.saliency.clone().cpu()
-        return {s.name: layer_report(s, saliency[s.channels], *sets) for s, *sets in self._chosen.history()}
+        return {
+            s.name: layer_report(s, saliency[s.channels], index, before, first)
+            for s, index, before, first in self._chosen.history()
+        }
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws `report()`: magnitudes by layer, head and channel, salient channels in colour; churn and overlap.
