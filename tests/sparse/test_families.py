@@ -293,6 +293,40 @@ def test_a_step_moves_the_salient_rows_and_the_dense_ones(family, tiny):
     assert family in UNREPEATABLE or torch.equal(run(tiny, 6), plain)
 
 
+# Linear layers in a numbered block that "all-linear" leaves dense: what their paths say.
+LEFT = re.compile(
+    r"router|\.gate(\.|$)|_expert_gate$|cross_?att|encoder_attn|indexer|compressor|altup|vision|image|visual|audio|lm_heads"
+    r"|(mamba|mixer)\.(in|x|dt|out)_proj$|o_a_proj$"
+)
+
+
+@every_family
+@pytest.mark.filterwarnings("ignore:target_modules. 'all-linear' leaves")
+def test_all_linear_layers_of_the_blocks_train_in_their_salient_rows_alone(family, tiny):
+    weights = copy.deepcopy(tiny.train().state_dict())
+    longact = LongAct(tiny, target_modules="all-linear", density={"": 0.25}, grad="compact")
+    for name, module in tiny.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and re.search(r"\.\d+\.", name) and not LEFT.search(name):
+            assert name in longact.layers, f"{name} stays dense"
+    optimizer = SalientAdamW(tiny.parameters(), lr=0.1, weight_decay=0.0, longact=longact, state="compact")
+    tiny.zero_grad(set_to_none=True)
+    logits = run(tiny, 6)
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    reached = [name for name, layer in longact.layers.items() if layer.weight.grad is not None]
+    optimizer.step()
+    assert reached
+    for name in reached:
+        layer = longact.layers[name]
+        moved = (layer.weight != weights[f"{name}.weight"]).any(0 if layer.salient.transposed else 1)
+        expected = torch.zeros_like(moved)
+        expected[longact.sets[name]] = True
+        assert not (moved & ~expected).any() and moved.sum() <= 0.25 * len(moved) + len(layer.salient.heads), name
+        assert (layer.weight.grad != 0).any() == moved.any(), name
+    longact.restore()
+    tiny.load_state_dict(weights)
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_other_families_are_refused(family):
     text = (
