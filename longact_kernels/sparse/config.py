@@ -193,7 +193,7 @@ class LongActConfig:
         """
         if not isinstance(self.density, Mapping):
             return [self.density] * len(names)
-        patterns = [next((p for p in self.density if re.search(p, name)), None) for name in names]
+        patterns: list[Any] = [next((p for p in self.density if re.search(p, name)), None) for name in names]
         if None in patterns:
             raise ValueError(
                 f"density: none of its patterns is found in {names[patterns.index(None)]}; got "

@@ -178,6 +178,14 @@ def test_queries_and_keys_in_one_projection(place, tmp_path):
         np.testing.assert_allclose(kept[f"{name}.k.absmax"], absmax[16:32], rtol=1e-5)
 
 
+def test_a_run_with_a_density_for_each_pattern_is_asked_for_one(place, tmp_path, refused):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"density": {"q_proj": 0.3, "": 0.1}}))
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    message = refused("inspect", tmp_path / "run", "--text", place / "verse.txt", "--output", tmp_path / "out")
+    assert "give one with --density" in message and not (tmp_path / "out").exists()
+
+
 def test_a_run_brings_its_model_its_density_and_its_churn(place, tmp_path):
     run = tmp_path / "run"
     tiny.save(run / "model")

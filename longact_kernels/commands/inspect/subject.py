@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -75,7 +76,7 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"output: {folder} exists and is not an empty folder; name another --output")
     domains = load_domains(arguments.text)
-    density = LongActConfig.density if arguments.density is None else arguments.density
+    density: Any = LongActConfig.density if arguments.density is None else arguments.density
     LongActConfig(density=density)
     source, metrics = arguments.model, []
     run = Path(arguments.model)
@@ -85,6 +86,8 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
         source, metrics = str(run / "model"), read_metrics(run / "metrics.jsonl")
         if arguments.density is None:
             density = read_json(run / "run.json").get("density", density)
+            if not isinstance(density, float):
+                raise ValueError(f"density: the training run {run} has one for each pattern; give one with --density")
     hide_library_bars()
     with console.status(f"loading {escape(source)}"):
         model, tokenizer = load_model(

@@ -136,8 +136,8 @@ class TrainArguments(LongActOptions):
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
 
     def __post_init__(self):
-        if isinstance(self.density, str):
-            self.density = density_of(self.density)
+        if isinstance(density := vars(self)["density"], str):
+            self.density = density_of(density)
         self.check_types()
         at_least = {"eval_prompts": 1, "train_prompts": 1, "length": 1, "dynamic_sampling_rounds": 0}
         for name, least in at_least.items():
