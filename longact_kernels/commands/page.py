@@ -32,9 +32,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 60rem; padding: 1rem }
 h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 .dim { color: var(--dim) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
-.card b { display: block; font-size: 1.15rem } .card span { color: var(--dim); font-size: .85rem }
+.card b { display: block; font-size: 1.15rem } .card > span { color: var(--dim); font-size: .85rem }
 /* Pictures are wider than a phone: their letters would be too small else. */
 img { max-width: 100%; height: auto; min-width: 36rem } .saliency img { min-width: 48rem }
 .wide { overflow-x: auto; margin-bottom: 1rem }
@@ -65,8 +65,10 @@ def cards(figures: Iterable[tuple[str, str]]) -> str:
 
 
 def kept(text: str) -> str:
-    """Text that breaks into lines before an arrow or "of", or after a comma, never in a number with its error."""
-    return "".join(f"<span class=number>{escape(part)}</span> " for part in re.split(r"(?<=,) | (?=→|of )", text))
+    """Text that breaks into lines before an arrow, "of" or a number, or after a comma, never in one with its error."""
+    return "".join(
+        f"<span class=number>{escape(part)}</span> " for part in re.split(r"(?<=,) | (?=→|of )|(?<=\w) (?=\d)", text)
+    )
 
 
 def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:

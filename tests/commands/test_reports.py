@@ -116,12 +116,15 @@ def test_churn_of_layers():
     details = [{"step": 2, "churn": {"0.q_proj": 0.1, "1.q_proj": 0.3, "0.k_proj": 0.2}}, {"step": 5, "churn": {}}]
     details.append({"step": 4, "churn": {"0.q_proj": 0.2, "1.q_proj": 0.4, "0.k_proj": 0.5}})
     figure = churn_figure([{"step": 2, "churn": 0.2}], sorted(details, key=lambda one: one["step"]))
+    assert figure.axes[0].get_ylim()[1] > 0.22  # room for the marker of the highest point
     maps = {axes.get_title(): axes.collections[0].get_array().tolist() for axes in figure.axes if axes.get_title()}
     assert maps == {"q_proj": [[0.1, 0.2], [0.3, 0.4]], "k_proj": [[0.2, 0.5]]}
 
 
 def test_numbers_are_not_broken():
     assert re.findall(r"<span class=number>(.*?)</span>", kept("0.5 ± 0.1 → 0.7 ± 0.1")) == ["0.5 ± 0.1", "→ 0.7 ± 0.1"]
+    parts = re.findall(r"<span class=number>(.*?)</span>", kept("4.7 MB, 0.3 of AdamW 15.9 MB"))
+    assert parts == ["4.7 MB,", "0.3", "of AdamW", "15.9 MB"]
     assert value_of(0.0005) == "<span class=number>0.0005</span>" and value_of("x" * 40) == "x" * 40
 
 

@@ -102,7 +102,7 @@ def churn_figure(metrics: list[dict], details: Sequence[dict] = ()) -> Figure:
     panels: list[Axes] = list(figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0])
     panels[0].plot(*series(metrics, "churn"), "o-", ms=4, color="C2")
     panels[0].set(xlabel="step", ylabel="churn, mean\n(1 - Jaccard)")
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(0, 1.1 * panels[0].get_ylim()[1])
     steps = [record["step"] for record in logged]
     values = {
         kind: np.array([[record["churn"].get(one["name"], np.nan) for record in logged] for one in found])
