@@ -15,6 +15,7 @@ from longact_kernels.ops.dispatch import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAMPLES = 8 if interpreted() else 40
+SHARED = torch.zeros(2, 2)
 
 
 def chosen_of(values: list[float], count: int) -> list[int]:
@@ -172,6 +173,9 @@ def test_nothing_to_carry():
         (dict(states=[[torch.zeros(2, 3)]], axis="columns"), "states\\[0\\]: got .* 2 slots along columns"),
         (dict(states=[[torch.zeros(2, 2).half()]]), "states\\[0\\]: got torch.float16"),
         (dict(axis="row"), "axis: got 'row'"),
+        (dict(states=[[SHARED, SHARED]]), "states: two of them share memory"),
+        (dict(states=[[SHARED.flatten()[:2], SHARED.flatten()[1:3]]]), "states: two of them share memory"),
+        (dict(states=[[torch.zeros(2, 2)._neg_view()]]), "negated"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):

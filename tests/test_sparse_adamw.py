@@ -342,6 +342,10 @@ def test_bad_arguments_are_named():
     refuse(r"masters\[0\]: got torch.bfloat16, needed torch.float32", masters=[torch.zeros(6, 16).bfloat16()])
     refuse(r"exp_avg_sqs\[0\]: got torch.float16", exp_avg_sqs=[torch.zeros(6, 16).half()])
     refuse(r"steps\[0\]: got torch.int64", steps=[torch.zeros(6, dtype=torch.int64)])
+    shared = torch.zeros(9, 16, device=DEVICE)
+    refuse("share memory; needed a place for each", exp_avgs=[shared[:6]], exp_avg_sqs=[shared[:6]])
+    refuse("share memory; needed a place for each", exp_avgs=[shared[3:]], exp_avg_sqs=[shared[:6]])
+    refuse(r"exp_avgs\[0\]: got a view that is negated", exp_avgs=[torch.zeros(6, 16)._neg_view()])
 
     case = Case([(6, 16, 3)], torch.float32)
     case.held["grads"] = [torch.zeros(6, 16, device="meta")]
@@ -462,6 +466,7 @@ def test_a_plan_checks_its_gradients():
         ([torch.zeros(5, 16, device=DEVICE)], r"grads\[0\].*\[6, 16\] or \[3, 16\]"),
         ([torch.zeros(6, 16, device=DEVICE).double()], r"grads\[0\]: got torch.float64"),
         ([torch.zeros(6, 16, device="meta")], r"grads\[0\]: got one on meta"),
+        ([torch.zeros(6, 16, device=DEVICE)._neg_view()], r"grads\[0\]: got a view that is negated"),
     ):
         for _ in range(2):  # what was refused once is refused again
             with pytest.raises(ValueError, match=message):
@@ -470,6 +475,9 @@ def test_a_plan_checks_its_gradients():
         plan.step(case.held["grads"], lr, BETA1, BETA2, -1.0, DECAY)
     with pytest.raises(ValueError, match=r"beta2: got 1\.0"):
         plan.step(case.held["grads"], lr, BETA1, 1.0, EPS, DECAY)
+    for seed in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"seed: got .*, needed a whole number of 64 bits"):
+            plan.step(case.held["grads"], lr, BETA1, BETA2, EPS, DECAY, seed=seed)
     assert torch.equal(before.held["weights"][0], case.held["weights"][0])
     version = case.held["weights"][0]._version
     plan.step(case.held["grads"], lr, BETA1, BETA2, EPS, DECAY)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.arguments import check_list, check_tensor, check_tensors, overlaps_itself
+from longact_kernels.ops.arguments import check_apart, check_list, check_tensor, check_tensors, overlaps_itself
 from longact_kernels.ops.dispatch import implementation
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference import refresh as _reference
@@ -148,6 +148,7 @@ def carry_(
         return [torch.empty_like(after, dtype=torch.bool) for after in new]
     layers = [i for i, layer in enumerate(states) for _ in layer]
     flat = [state for layer in states for state in layer]
+    check_apart("states: two of them", flat)
     return list(_carry_(flat, layers, list(old), list(new), axis == "columns").split(sizes))
 
 

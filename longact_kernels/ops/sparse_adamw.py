@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longact_kernels.ops.arguments import check_list, check_tensors, overlaps_itself
+from longact_kernels.ops.arguments import check_apart, check_list, check_tensors, overlaps_itself
 from longact_kernels.ops.dispatch import launch, runs_triton, warn_reference
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference.sparse_adamw import AdamWCall
@@ -175,14 +175,19 @@ class GradLayout(NamedTuple):
 
     addresses: list[int]
     strides: list[tuple[int, ...]]
-    kinds: tuple[list[torch.Size], list[torch.dtype], list[torch.device]]
+    kinds: tuple[list[torch.Size], list[torch.dtype], list[torch.device], list[bool]]
 
     @classmethod
     def of(cls, grads: list[Tensor]) -> "GradLayout":
         return cls(
             [grad.data_ptr() for grad in grads],
             [grad.stride() for grad in grads],
-            ([grad.shape for grad in grads], [grad.dtype for grad in grads], [grad.device for grad in grads]),
+            (
+                [grad.shape for grad in grads],
+                [grad.dtype for grad in grads],
+                [grad.device for grad in grads],
+                [grad.is_neg() for grad in grads],
+            ),
         )
 
 
@@ -210,9 +215,7 @@ def _check_held(call: AdamWCall) -> None:
     devices = {tensor.device for tensors in lists.values() for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"sparse_adamw_: tensors of one device needed, got {', '.join(sorted(map(str, devices)))}")
-    written = [tensor.data_ptr() for name in _MUTATED for tensor in lists[name] if tensor.numel()]
-    if len(set(written)) < len(written):
-        raise ValueError("sparse_adamw_: two of the weights and states share memory; needed a place for each")
+    check_apart("sparse_adamw_: two of the weights and states", [t for name in _MUTATED for t in lists[name]])
     for name, tensors in lists.items():
         _check_dtypes(name, tensors, (torch.float32,) if name == "steps" and not call.index else _DTYPES[name])
     _check_dtypes("exp_avgs, exp_avg_sqs", call.exp_avgs[:1] + call.exp_avg_sqs[:1], _DTYPES["exp_avgs"])
@@ -250,26 +253,34 @@ def _check_grads(call: AdamWCall) -> None:
 
 
 def _check_numbers(call: AdamWCall) -> None:
-    for name, below in _BELOW.items():
-        value = getattr(call, name)
-        if not isinstance(value, (int, float)) or not 0 <= value < below:
-            needed = "a number of at least 0 and below 1" if below == 1 else "a finite number of at least 0"
-            raise ValueError(f"{name}: got {value}, needed {needed}")
-    if call.seed is not None and not isinstance(call.seed, int):
-        raise ValueError(f"seed: got {call.seed!r}, needed a whole number or None")
+    for name in _BELOW:
+        check_number(name, getattr(call, name))
+    if call.seed is not None and (not isinstance(call.seed, int) or not -(2**63) <= call.seed < 2**63):
+        raise ValueError(f"seed: got {call.seed!r}, needed a whole number of 64 bits, or None")
     for name in ("lr", "grad_scale", "found_inf"):
-        value = getattr(call, name)
-        if value is None and name != "lr":
-            continue
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: got {kind}, needed a tensor of one element")
-        # What lies on a device is read there alone.
-        if value.is_cpu and not torch.compiler.is_compiling() and name != "found_inf":
-            number = value.item()
-            if not 0 <= number < math.inf or (name == "grad_scale" and not number):
-                least = "above 0" if name == "grad_scale" else "of at least 0"
-                raise ValueError(f"{name}: got {number}, needed a finite number {least}")
+        if (value := getattr(call, name)) is not None or name == "lr":
+            check_scalar(name, value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError for a hyperparameter that is no number, or out of its range."""
+    below = _BELOW.get(name, math.inf)
+    if not isinstance(value, (int, float)) or not 0 <= value < below:
+        needed = "a number of at least 0 and below 1" if below == 1 else "a finite number of at least 0"
+        raise ValueError(f"{name}: got {value!r}, needed {needed}")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raises ValueError for what is no tensor of one element, or holds none of its numbers."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: got {kind}, needed a tensor of one element")
+    # What lies on a device is read there alone.
+    if value.is_cpu and not torch.compiler.is_compiling() and name != "found_inf":
+        number = value.item()
+        if not 0 <= number < math.inf or (name == "grad_scale" and not number):
+            least = "above 0" if name == "grad_scale" else "of at least 0"
+            raise ValueError(f"{name}: got {number}, needed a finite number {least}")
 
 
 def _salient_shapes(call: AdamWCall) -> Sequence[tuple[int, ...]]:

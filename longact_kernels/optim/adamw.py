@@ -14,7 +14,7 @@ from torch.optim.adamw import AdamW, adamw
 
 from longact_kernels.functional import Axis
 from longact_kernels.ops.dispatch import runs_triton
-from longact_kernels.ops.sparse_adamw import AdamWPlan
+from longact_kernels.ops.sparse_adamw import AdamWPlan, check_number, check_scalar
 from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State, params_of
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.registry import salient_weights
@@ -104,6 +104,15 @@ class SalientAdamW(SalientOptimizer):
         self._warned = False
         self.updates_lost: Tensor | None = None  # the share of a weight's last update that rounded to nothing
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        try:
+            numbers = dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        except (TypeError, ValueError):
+            raise ValueError(f"betas: got {group['betas']!r}, needed two numbers") from None
+        numbers |= {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        for name, value in numbers.items():
+            (check_scalar if name == "lr" and isinstance(value, Tensor) else check_number)(name, value)
+
     # Ordinary parameters: torch's own AdamW
 
     def new_plain_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
@@ -146,7 +155,12 @@ class SalientAdamW(SalientOptimizer):
         if fused and (masters := [entry for entry in entries if _kernel_masters(*entry)]):
             # Widening, torch's kernel and copying back would move 40 bytes an element where one kernel moves 28.
             whole = [
-                Entry(local(p.detach()), local(p.grad), None, {name: local(held) for name, held in state.items()})
+                Entry(
+                    local(p.detach()),
+                    local(p.grad).resolve_neg(),
+                    None,
+                    {name: local(held) for name, held in state.items()},
+                )
                 for p, state in masters
             ]
             self._run(group, whole, "rows", False, grad_scale, found_inf)

@@ -133,6 +133,8 @@ class SalientOptimizer(Optimizer, ABC):
         if any(longact.idle for longact in controllers) and self._only_makes_states():
             self._make_states(salient)
             return loss
+        for group in self.param_groups:
+            self._check_group(group)
         for longact in controllers:
             if longact.compact is not None:
                 longact.compact.check_untouched()
@@ -234,6 +236,10 @@ class SalientOptimizer(Optimizer, ABC):
     # Step
 
     @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a hyperparameter that no step can be taken with: schedules write them at any time."""
+
+    @abstractmethod
     def _step_plain(
         self, group: dict[str, Any], params: list[Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -281,7 +287,7 @@ class SalientOptimizer(Optimizer, ABC):
             state = {name: local(held) if name == "step" else matrix(held, like) for name, held in state.items()}
             weight = matrix(like, like)
             index = torch.arange(len(weight), device=p.device)
-            entries.append(Entry(weight, matrix(local(p.grad), like), index, state))
+            entries.append(Entry(weight, matrix(local(p.grad).resolve_neg(), like), index, state))
         self._run(group, entries, "rows", False, grad_scale, found_inf)
         for p, stepped in copies:
             p.copy_(stepped)
@@ -296,7 +302,7 @@ class SalientOptimizer(Optimizer, ABC):
         entries = defaultdict(list)
         for p, grad, salient in params:
             state = {name: local(tensor) for name, tensor in self.state[p].items()}
-            entry = Entry(local(p.detach()), local(grad), self._index(p, salient), state)
+            entry = Entry(local(p.detach()), local(grad).resolve_neg(), self._index(p, salient), state)
             entries[AXES[salient.dim]].append(entry)
         for axis, of_axis in entries.items():
             self._run(group, of_axis, axis, self.compact, grad_scale, found_inf)

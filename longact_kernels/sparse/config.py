@@ -165,7 +165,7 @@ class LongActConfig:
                 raise ValueError(f"density: got no patterns, needed {_RANGES['density'][1]}")
             object.__setattr__(self, "density", dict(self.density))  # a copy: the options are fixed
             for pattern in self.density:
-                _check_pattern(pattern)
+                _check_pattern("density", pattern)
         target = self.target_modules
         names = isinstance(target, Sequence) and all(isinstance(name, str) for name in target)
         if target is not None and not callable(target) and not names:
@@ -173,6 +173,8 @@ class LongActConfig:
                 f"target_modules: got {target!r}, needed name endings, a regular expression, or a function of path and "
                 "module"
             )
+        if isinstance(target, str):
+            _check_pattern("target_modules", target)
         if self.axis == "columns" and (self.scope == "head" or self.site != "projection" or self.pair_rope):
             raise ValueError(
                 "axis: 'columns' takes input channels, which have no heads, norms or rotary pairs; needed scope "
@@ -207,11 +209,11 @@ class LongActConfig:
         return [self.density[p] for p in patterns]
 
 
-def _check_pattern(pattern: Any) -> None:
+def _check_pattern(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"density: got the pattern {pattern!r}, needed a regular expression: {error}") from error
+        raise ValueError(f"{name}: got the pattern {pattern!r}, needed a regular expression: {error}") from error
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

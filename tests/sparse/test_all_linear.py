@@ -288,6 +288,12 @@ def test_densities_that_do_not_fit_are_refused(density, message):
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
+@pytest.mark.parametrize("pattern", ["(", "*_proj", "[q"])
+def test_target_modules_that_is_no_regular_expression_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"^target_modules: got the pattern .*, needed a regular expression"):
+        LongActConfig(target_modules=pattern)
+
+
 def test_a_mapping_is_the_configs_own():
     given = {"": 0.3}
     config = LongActConfig(density=given)

@@ -434,3 +434,49 @@ def test_a_gradient_is_looked_at_once_in_a_step(monkeypatch, selection):
     model, _, optimizer = salient_run(selection=selection)
     train(model, optimizer, range(1))
     assert len(looked) == len(set(looked)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lr", value) for value in (NAN, INF, -1.0, "1", None, torch.tensor(NAN), torch.ones(2))),
+        *(("betas", value) for value in (None, 0.9, (0.9,), (0.9, 1.0), (NAN, 0.9), "ab", (0.9, 0.9, 0.9))),
+        *((name, value) for name in ("eps", "weight_decay") for value in (NAN, INF, -1.0, "x", None)),
+    ],
+)
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_hyperparameter_gone_wrong_between_steps_changes_nothing(name, value, group):
+    """Neither the ordinary weights, which are stepped first, nor those of an earlier group."""
+    model = tiny_model()
+    longact = LongAct(model)
+    params = list(model.parameters())
+    optimizer = SalientAdamW([{"params": params[:5]}, {"params": params[5:]}], **HYPER)
+    train(model, optimizer, range(2))
+    before, steps = weights(model), longact.steps
+    right, optimizer.param_groups[group][name] = optimizer.param_groups[group][name], value
+    with pytest.raises(ValueError, match="beta" if name == "betas" else name) as caught:
+        train(model, optimizer, [2])
+    assert "\n" not in str(caught.value)
+    assert_unchanged(model, before)
+    optimizer.param_groups[group][name] = right
+    optimizer.step()
+    assert longact.steps == steps + 1
+    plain, _, theirs = salient_run()
+    train(plain, theirs, range(3))
+    assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"grad": "compact"}, {"axis": "columns"}])
+@pytest.mark.parametrize("state", ["full", "compact"])
+def test_gradients_that_are_negated_views_are_read_with_their_sign(state, options):
+    model, _, optimizer = salient_run(state=state, **options)
+    plain, _, theirs = salient_run(state=state, **options)
+    for step in range(3):
+        for one, of in ((model, optimizer), (plain, theirs)):
+            backward(one, tokens(seed=step))
+            for p in one.parameters():
+                if one is model and p.grad is not None:
+                    p.grad = (-p.grad)._neg_view()
+            of.step()
+            of.zero_grad()
+    assert_same_weights(model, plain)
