@@ -13,12 +13,14 @@ def read_json(path: Path) -> dict:
     """The content of a file; empty if there is no such file.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON object.
     """
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_bytes())
+        if not isinstance(content := json.loads(path.read_bytes()), dict):
+            raise ValueError(f"needed an object, got a {type(content).__name__}")
+        return content
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it") from error
 

@@ -18,7 +18,7 @@ from longact_kernels import LongActWarning
 from longact_kernels.cli import main
 from longact_kernels.commands.files import read_metrics, write_json
 from longact_kernels.commands.train.arguments import parse
-from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, step_of
+from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
 from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.resuming import MAY_CHANGE, as_of
 
@@ -362,3 +362,24 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(place, run, largest):
     assert flaw(run / "checkpoint-2", 1) is None
     assert step_of(opened(place, run).checkpoint) == STEPS
     assert not [path for path in run.iterdir() if path.name.startswith("tmp") or str(os.getpid()) in path.name]
+
+
+def test_a_checkpoint_under_another_name_or_of_another_run_is_not_gone_on_from(place, run):
+    (run / "checkpoint-2").rename(run / "checkpoint-7")
+    with pytest.warns(LongActWarning, match=r"checkpoint-7 .* saved at step 2.*going on from checkpoint-1"):
+        assert opened(place, run).checkpoint_step == 1
+    (run / "checkpoint-7").rename(run / "checkpoint-2")
+    assert opened(place, run).checkpoint_step == 2
+    held = json.loads((run / "run.json").read_text())
+    for change in ({"task_seed": 5}, {"grpo_config": held["grpo_config"] | {"seed": 5}}):
+        write_json(run / "checkpoint-2" / "run.json", held | change)
+        seal(run / "checkpoint-2")
+        with pytest.warns(LongActWarning, match=r"checkpoint-2 is of another run, with (task_)?seed 5 instead of"):
+            assert opened(place, run).checkpoint_step == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_a_run_json_that_holds_no_options_is_damaged(place, run, content):
+    (run / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged .needed an object"):
+        opened(place, run)

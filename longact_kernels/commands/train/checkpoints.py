@@ -13,6 +13,7 @@ from longact_kernels.commands.console import Failure
 from longact_kernels.commands.files import read_json, write_json
 
 MANIFEST = "manifest.json"
+RUN = "run.json"  # the options of a run, which each of its checkpoints has a copy of
 # What going on needs, by the beginnings of the names that transformers and accelerate save it under.
 PARTS = {
     "weights": ("model", "pytorch_model", "adapter_model"),
@@ -63,6 +64,8 @@ def flaw(checkpoint: Path, processes: int) -> str | None:
             return f"is damaged: {name} has {path.stat().st_size} bytes, {size} were saved"
         if sha256(path) != checksum:
             return f"is damaged: {name} has other bytes than were saved"
+    if "trainer_state.json" in files and (step := trainer_state(checkpoint)["global_step"]) != step_of(checkpoint):
+        return f"is damaged: it was saved at step {step}, under another name"
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     missing = [what for what, names in PARTS.items() if not any(name.startswith(names) for name in files)]
     missing += ["random state"] * (not files.keys() >= set(states))

@@ -22,9 +22,9 @@ from trl import GRPOConfig
 from longact_kernels import LongAct
 from longact_kernels.commands.files import read_json, write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
-from longact_kernels.commands.train.checkpoints import checkpoints_in, flaw, is_sealed, step_of, trainer_state
+from longact_kernels.commands.train.checkpoints import RUN, checkpoints_in, flaw, is_sealed, step_of, trainer_state
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, options_of
+from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, foreign, options_of
 from longact_kernels.warning import LongActWarning
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class RunFolder:
         check_kept(self.training)
         self._acquire()
         held = self._defaults() | read_json(self.path / "run.json")
-        checkpoint = self._last_whole()
+        checkpoint = self._last_whole(held)
         step = step_of(checkpoint) if checkpoint else 0
         changes = changes_of(as_of(held, step), self._options(), step, self.path, len(self.arguments.stages()))
         if 0 < self.training.max_steps < step:
@@ -139,12 +139,13 @@ class RunFolder:
         """Of our options: a run that began before there was one had what is its default now."""
         return {option.name: option.default for option in dataclasses.fields(self.arguments)}
 
-    def _last_whole(self) -> Path | None:
+    def _last_whole(self, held: dict) -> Path | None:
         """The last checkpoint that a run can go on from; warns of those that it cannot."""
         flaws = []
         found = None
         for checkpoint in checkpoints_in(self.path):
-            if (wrong := flaw(checkpoint, self.training.world_size)) is None:
+            wrong = flaw(checkpoint, self.training.world_size) or foreign(held, read_json(checkpoint / RUN))
+            if wrong is None:
                 found = checkpoint
                 break
             flaws.append((checkpoint, f"{checkpoint} {wrong}"))

@@ -97,6 +97,15 @@ def changes_of(held: dict, wanted: dict, step: int, where: object, stages: int) 
     return changes
 
 
+def foreign(held: dict, theirs: dict) -> str | None:
+    """What makes a checkpoint, with its copy of a run's options, that of another run; None if nothing does."""
+    ours, own = ({**of, **of.get("grpo_config", {})} for of in (held, theirs))
+    for name in own.keys() - MAY_CHANGE - NOT_COMPARED - {"grpo_config", "changes"}:
+        if ours.get(name, own[name]) != own[name]:
+            return f"is of another run, with {name} {own[name]!r} instead of {ours[name]!r}"
+    return None
+
+
 def refuse(name: str, held: Any, wanted: Any, where: object) -> None:
     raise ValueError(
         f"output_dir: {where} holds another run, with {name} {held!r} instead of {wanted!r}; resume with the same "

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 
 from longact_kernels.commands.console import Failure
-from longact_kernels.commands.train.checkpoints import checkpoints_in, is_sealed, saving, seal
+from longact_kernels.commands.train.checkpoints import RUN, checkpoints_in, is_sealed, saving, seal
 from longact_kernels.integrations.dynamic_sampling import DynamicSamplingMixin
 from longact_kernels.integrations.prompts import encode_prompts, question_of
 from longact_kernels.integrations.shared_prompts import SharedPromptsMixin
@@ -43,6 +43,7 @@ class DriverTrainer(SharedPromptsMixin, DynamicSamplingMixin, LongActGRPOTrainer
                     self._save_completions(checkpoint)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    shutil.copy(checkpoint.parent / RUN, checkpoint)
                     seal(checkpoint)
         except Failure:
             shutil.rmtree(checkpoint, ignore_errors=True)
