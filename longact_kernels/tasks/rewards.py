@@ -1,11 +1,13 @@
 """Rewards, in the form that TRL calls: `reward(completions, <columns of the data set>, **rest) -> list[float]`."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from longact_kernels.integrations.prompts import message_text
+from longact_kernels.integrations.rewards import is_async
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -35,7 +37,7 @@ def load_reward(name: str) -> Reward:
     """The function that `--reward module:function` names; the module may lie in the current folder.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or it is of another kind.
     """
     module, _, function = name.partition(":")
     if not (module and function):
@@ -49,4 +51,7 @@ def load_reward(name: str) -> Reward:
         raise ValueError(f"reward: cannot import {module}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"reward: there is no function {function!r} in {module}")
+    if inspect.isclass(found) or is_async(found):
+        kind = "a class" if inspect.isclass(found) else "async"
+        raise ValueError(f"reward: {function} in {module} is {kind}, needed a plain function")
     return found

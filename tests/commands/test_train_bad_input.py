@@ -1,5 +1,6 @@
 """What `longact train` refuses before it loads a model: one line, exit status 2, no folder left."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -104,3 +105,25 @@ def test_ctrl_c_while_libraries_are_imported_is_quiet(command):
             out, err = process.communicate()
         assert "Traceback" not in out + err, (share, err)
         assert process.returncode in (130, 2), (share, err)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "returned"),
+    [
+        *(
+            ("**_", returned)
+            for returned in ("1.0", "None", "[1.0]", "{'a': 1, 'b': 2}", "[10**400] * 2", "[None] * 2")
+        ),
+        ("answers", "[1.0] * 2"),
+        ("trainer_state=None, **_", "[1.0] * 2 if trainer_state is None else 3"),  # shows in training only
+    ],
+)
+def test_a_reward_that_is_none_is_one_line(model, tmp_path, monkeypatch, refused, parameters, returned):
+    (tmp_path / "rewards_of_mine.py").write_text(f"def exact(completions, {parameters}):\n    return {returned}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rewards_of_mine", raising=False)
+    importlib.invalidate_caches()
+    words = ["--model", model, "--use_cpu", "true", "--eval_prompts", "2", "--max_completion_length", "6"]
+    more = ["--output_dir", "run", "--length", "420", "--train_prompts", "4", "--max_steps", "1"]
+    assert "reward: exact" in refused("train", *words, *more, "--reward", "rewards_of_mine:exact")
+    assert (tmp_path / "run").exists() == ("trainer_state" in parameters)

@@ -1,5 +1,8 @@
 """What reward functions return: one line that names the function, where it is no reward."""
 
+import functools
+
+import numpy
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from datasets import Dataset
 from tiny import model, tokenizer
 from trl import GRPOConfig
 
-from longact_kernels.integrations.rewards import checked
+from longact_kernels.integrations.rewards import BadReward, checked
 from longact_kernels.integrations.trl import LongActGRPOTrainer
 
 NAN, INF = float("nan"), float("inf")
@@ -22,23 +25,51 @@ WRONG = [
     (["1"] * 8, r"returned '1' for completion 0"),
     ([0.0] * 7 + [INF], r"returned inf for completion 7"),
     ([[0.0]] * 8, r"returned \[0\.0\] for completion 0"),
+    (torch.zeros(8, 2), r"returned \[0\.0, 0\.0\] for completion 0"),
+    (numpy.zeros((8, 1)), r"returned \[0\.0\] for completion 0"),
+    *((of, r"returned .*, needed a list") for of in ("abcdefgh", b"abcdefgh", dict.fromkeys(range(8)), set(range(8)))),
+    *(
+        ([of] * 8, r"returned .* for completion 0, needed a finite number within")
+        for of in (1j, numpy.complex64(1), torch.tensor(1j), numpy.zeros(2), 10**400, 10**5000, 1e39, -1e39, -INF)
+    ),
 ]
 
 
-@pytest.mark.parametrize(("returned", "says"), WRONG, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("returned", "says"), WRONG, ids=[f"{i}" for i in range(len(WRONG))])
 def test_what_is_no_reward_names_the_function(returned, says):
     def exact(completions, **_):
         return returned
 
-    with pytest.raises(ValueError, match=rf"reward: exact {says}") as raised:
+    with pytest.raises(BadReward, match=rf"reward: exact {says}") as raised:
         checked(exact)(completions=["a"] * 8)
     assert "\n" not in str(raised.value)
 
 
 def test_what_is_one_passes():
-    for returned in ([1, 0.5, True, None], torch.tensor([1.0, 0.5, 1.0, NAN]), (1, 0.5, 1, torch.tensor(NAN))):
+    numpys = [numpy.int64(1), numpy.array(0.5), numpy.bool_(True), None]
+    for returned in (numpys, [1, 0.5, True, None], torch.tensor([1.0, 0.5, 1.0, NAN]), (1, 0.5, 1, torch.tensor(NAN))):
         values = checked(lambda completions, returned=returned: returned)(completions=["a"] * 4)
         assert values[:3] == [1.0, 0.5, 1.0] and (values[3] is None or values[3] != values[3])
+
+
+def test_a_function_that_does_not_take_its_arguments_is_named_and_what_one_raises_is_its_own():
+    def exact(completions, answers):
+        return [0.0]
+
+    with pytest.raises(
+        BadReward, match=r"reward: exact\(completions, answers\) missing a required argument: 'answers'"
+    ):
+        checked(exact)(completions=["a"])
+    with pytest.raises(BadReward, match=r"exact.* got an unexpected keyword argument 'log_extra'.*take \*\*kwargs"):
+        checked(exact)(completions=["a"], answers=["a"], log_extra=None)
+
+    def raising(completions, **_):
+        raise TypeError("its own")
+
+    with pytest.raises(TypeError, match="its own"):
+        checked(raising)(completions=["a"])
+    wrapped = functools.wraps(exact)(lambda completions, **_: [1.0])
+    assert checked(wrapped)(completions=["a"], log_extra=None) == [1.0]
 
 
 def trainer(tmp_path, *rewards):

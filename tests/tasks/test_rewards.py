@@ -30,6 +30,8 @@ def test_a_reward_of_the_users_own_is_found_in_the_current_folder(tmp_path, monk
         ("no_such_module:short", "reward: cannot import no_such_module: ModuleNotFoundError"),
         ("json:short", "reward: there is no function 'short' in json"),
         ("json:__name__", "there is no function '__name__'"),
+        ("json:JSONDecoder", "JSONDecoder in json is a class, needed a plain function"),
+        ("asyncio:sleep", "sleep in asyncio is async, needed a plain function"),
     ],
 )
 def test_a_reward_that_is_not_there(name, message):

@@ -16,7 +16,8 @@ def main(argv: list[str]) -> int:
     """Runs `longact train`; returns the exit status: 0, or 130 after Ctrl-C.
 
     Raises:
-        Refusal: bad input; no run has been touched then.
+        Refusal: bad input; no run has been touched then, unless a reward function showed only in training that its
+            values are none.
     """
     if {"-h", "--help", "--help-all"} & {*argv}:
         # transformers imports it where it is installed, which takes as long as all else that the help needs.
@@ -28,14 +29,16 @@ def main(argv: list[str]) -> int:
         from rich.console import Console
 
         from longact_kernels.commands.train.run import Run
+        from longact_kernels.integrations.rewards import BadReward
 
         run = Run(arguments, training, Console(quiet=training.process_index > 0))
     try:
-        with run.interrupt:
-            before = run.train()
-        if not run.interrupt.asked:
-            run.finish(before, run.evaluate("after"))
-            return 0
+        with refusing(BadReward):
+            with run.interrupt:
+                before = run.train()
+            if not run.interrupt.asked:
+                run.finish(before, run.evaluate("after"))
+                return 0
     except KeyboardInterrupt:
         pass
     finally:

@@ -55,7 +55,7 @@ def evaluate(
         advance: called with the number of prompts done after each batch.
 
     Raises:
-        ValueError: the reward did not return a number, or None, for each completion, or nothing but None.
+        BadReward: the reward did not return a number, or None, for each completion, or nothing but None.
     """
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
