@@ -19,7 +19,7 @@ from longact_kernels.cli import main
 from longact_kernels.commands.files import read_metrics, write_json
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
-from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.folder import FILES, RunFolder
 from longact_kernels.commands.train.resuming import MAY_CHANGE, as_of
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -292,7 +292,7 @@ def test_completions_that_further_steps_are_on_are_kept(place, tmp_path):
 HOLD = """
 import sys, time
 from longact_kernels.commands.train.arguments import parse
-from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.folder import FILES, RunFolder
 folder = RunFolder(*parse(sys.argv[1:]))
 folder.own()
 print("holds", flush=True)
@@ -383,3 +383,36 @@ def test_a_run_json_that_holds_no_options_is_damaged(place, run, content):
     (run / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json is damaged .needed an object"):
         opened(place, run)
+
+
+CHANGE = {"option": "max_steps", "from": 1, "to": 2, "step": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"changes": of} for of in (3, None, {}, "x", [3], [{}], [CHANGE | {"step": "1"}], [CHANGE | {"option": []}])),
+        *({"grpo_config": of} for of in (3, None, [])),
+    ],
+)
+def test_a_run_json_with_parts_of_another_kind_is_damaged(place, run, refused, content):
+    write_json(run / "run.json", json.loads((run / "run.json").read_text()) | content)
+    assert "run.json is damaged (grpo_config or changes)" in refused("train", *words(place, run, "--resume"))
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_folder_where_a_file_belongs_is_refused_at_once(place, run, tmp_path, refused, name, resumed):
+    where = run if resumed else tmp_path / "new"
+    (where / name).unlink(missing_ok=True)
+    (where / name).mkdir(parents=True)
+    said = refused("train", *words(place, where, *["--resume"] * resumed, "--model", "/nowhere"))
+    assert f"output_dir: {where / name} is a folder, where a run has a file" in said
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoint-3"])
+def test_a_file_where_a_folder_belongs_is_refused_at_once(place, run, refused, name):
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).touch()
+    said = refused("train", *words(place, run, "--resume", "--model", "/nowhere"))
+    assert f"output_dir: {run / name} is a file, where a run has a folder" in said

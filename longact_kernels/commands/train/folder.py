@@ -24,7 +24,7 @@ from longact_kernels.commands.files import read_json, write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.checkpoints import RUN, checkpoints_in, flaw, is_sealed, step_of, trainer_state
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, foreign, options_of
+from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, foreign, options_of, read_options
 from longact_kernels.warning import LongActWarning
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ T = TypeVar("T")
 LOCK, OWNER = ".lock", ".owner.json"
 # What a run has before its first checkpoint: nothing that could be gone on with.
 OF_A_START = {LOCK, OWNER, "run.json", "accuracy_before.json", "metrics.jsonl", "details.jsonl"}
+# What else it writes at its end.
+FILES = OF_A_START | {"summary.json", "report.html", "saliency.safetensors"}
 
 
 class RunFolder:
@@ -64,6 +66,7 @@ class RunFolder:
     def _open(self) -> tuple[Path | None, list[dict]]:
         """Takes the folder; returns the checkpoint to go on from, and what has changed by then."""
         self._check_writable()
+        self._check_kinds()
         if not self.arguments.resume:
             self._acquire()
             names = {path.name for path in self.path.iterdir()}
@@ -79,7 +82,7 @@ class RunFolder:
             raise ValueError(f"output_dir: {self.path} holds no run to resume")
         check_kept(self.training)
         self._acquire()
-        held = self._defaults() | read_json(self.path / "run.json")
+        held = self._defaults() | read_options(self.path / "run.json")
         checkpoint = self._last_whole(held)
         step = step_of(checkpoint) if checkpoint else 0
         changes = changes_of(as_of(held, step), self._options(), step, self.path, len(self.arguments.stages()))
@@ -97,6 +100,17 @@ class RunFolder:
             raise ValueError(
                 f"output_dir: cannot write in {there} ({error.strerror}); name another output_dir"
             ) from error
+
+    def _check_kinds(self) -> None:
+        """Whether what a run writes as a file is no folder by now, and the other way round."""
+        folders = [self.path / "model", *checkpoints_in(self.path)]
+        for path in (*(self.path / name for name in sorted(FILES)), *folders):
+            if path.exists() and path.is_dir() != (path in folders):
+                is_one, needed = ("file", "folder") if path in folders else ("folder", "file")
+                raise ValueError(
+                    f"output_dir: {path} is a {is_one}, where a run has a {needed}; move it away, or name another "
+                    "output_dir"
+                )
 
     def _acquire(self) -> None:
         """Locks the folder. The system frees the lock of a process that is dead."""
@@ -144,7 +158,7 @@ class RunFolder:
         flaws = []
         found = None
         for checkpoint in checkpoints_in(self.path):
-            wrong = flaw(checkpoint, self.training.world_size) or foreign(held, read_json(checkpoint / RUN))
+            wrong = flaw(checkpoint, self.training.world_size) or foreign(held, read_options(checkpoint / RUN))
             if wrong is None:
                 found = checkpoint
                 break

@@ -1,9 +1,12 @@
 """Which options a resumed run may change: all others make another run of it, and are refused by name."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig
+
+from longact_kernels.commands.files import read_json
 
 # Where a run is, and who is told of it: no part of what it is.
 NOT_COMPARED = {"output_dir", "local_rank", "run_name", "hub_token", "logging_dir"}
@@ -53,6 +56,28 @@ def check_kept(training: GRPOConfig) -> None:
             raise ValueError(f"{name}: what it has done so far is in no checkpoint; such a run cannot be resumed")
 
 
+def read_options(path: Path) -> dict:
+    """What a run was begun with and has changed; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    held = read_json(path)
+    config, changes = held.get("grpo_config", {}), held.get("changes", [])
+    if not (isinstance(config, dict) and isinstance(changes, list) and all(map(is_change, changes))):
+        raise ValueError(f"{path} is damaged (grpo_config or changes); restore it, or delete it")
+    return held
+
+
+def is_change(of: Any) -> bool:
+    return (
+        isinstance(of, dict)
+        and of.keys() >= {"option", "from", "to", "step"}
+        and isinstance(of["option"], str)
+        and isinstance(of["step"], int)
+    )
+
+
 def as_of(held: dict, step: int) -> dict:
     """What a run was at a checkpoint: without the changes that came later."""
     held = {**held, "grpo_config": dict(held.get("grpo_config", {})), "changes": list(held.get("changes", []))}
@@ -100,7 +125,8 @@ def changes_of(held: dict, wanted: dict, step: int, where: object, stages: int) 
 def foreign(held: dict, theirs: dict) -> str | None:
     """What makes a checkpoint, with its copy of a run's options, that of another run; None if nothing does."""
     ours, own = ({**of, **of.get("grpo_config", {})} for of in (held, theirs))
-    for name in own.keys() - MAY_CHANGE - NOT_COMPARED - {"grpo_config", "changes"}:
+    # The number of processes: `flaw` counts a checkpoint's random states, and `changes_of` compares it by name.
+    for name in own.keys() - MAY_CHANGE - NOT_COMPARED - {"grpo_config", "changes", "processes"}:
         if ours.get(name, own[name]) != own[name]:
             return f"is of another run, with {name} {own[name]!r} instead of {ours[name]!r}"
     return None
