@@ -162,6 +162,7 @@ class AdamWPlan:
 
 _HELD = ("weights", "index", "exp_avgs", "exp_avg_sqs", "steps", "masters")
 _MUTATED = ("weights", "exp_avgs", "exp_avg_sqs", "steps", "masters")
+_MOST = torch.finfo(torch.float32).max  # what a kernel computes with
 _BELOW = {"beta1": 1.0, "beta2": 1.0, "eps": math.inf, "weight_decay": math.inf}
 _NO_NUMBERS: dict[str, Any] = dict(lr=torch.zeros(()), beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 
@@ -265,8 +266,8 @@ def _check_numbers(call: AdamWCall) -> None:
 def check_number(name: str, value: Any) -> None:
     """Raises ValueError for a hyperparameter that is no number, or out of its range."""
     below = _BELOW.get(name, math.inf)
-    if not isinstance(value, (int, float)) or not 0 <= value < below:
-        needed = "a number of at least 0 and below 1" if below == 1 else "a finite number of at least 0"
+    if not isinstance(value, (int, float)) or not (0 <= value < below and value <= _MOST):
+        needed = "a number of at least 0 and below 1" if below == 1 else "a finite float32 number of at least 0"
         raise ValueError(f"{name}: got {value!r}, needed {needed}")
 
 
@@ -278,9 +279,9 @@ def check_scalar(name: str, value: Any) -> None:
     # What lies on a device is read there alone.
     if value.is_cpu and not torch.compiler.is_compiling() and name != "found_inf":
         number = value.item()
-        if not 0 <= number < math.inf or (name == "grad_scale" and not number):
+        if not 0 <= number <= _MOST or (name == "grad_scale" and not number):
             least = "above 0" if name == "grad_scale" else "of at least 0"
-            raise ValueError(f"{name}: got {number}, needed a finite number {least}")
+            raise ValueError(f"{name}: got {number}, needed a finite float32 number {least}")
 
 
 def _salient_shapes(call: AdamWCall) -> Sequence[tuple[int, ...]]:

@@ -503,24 +503,20 @@ class SalientOptimizer(Optimizer, ABC):
         From the latter, every channel starts with the moments and the step count that its parameter has there.
 
         Raises:
-            ValueError: if the groups differ, or a state is of another size, kind, dtype or option; nothing is loaded
-                then.
+            ValueError: if the groups differ, or a state is of another size, kind, dtype or option, damaged, or holds
+                NaN or Inf; nothing is loaded then.
         """
         salient = salient_weights()
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(
-                f"load_state_dict: got a {type(state_dict).__name__} without 'state' and 'param_groups'; needed what "
-                "an optimizer's state_dict() gave"
-            )
+        _check_form(state_dict)
+        completed = self.completed(state_dict["param_groups"])
+        for group in completed:
+            self._check_group(group)
         # Groups that differ are for Optimizer.load_state_dict to explain.
         ids = zip(params_of(self.param_groups), params_of(state_dict["param_groups"]), strict=False)
         pairs = [(p, with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]
         for p, state in pairs:
-            if missing := [name for name in ("step", *self.moment_names) if not isinstance(state.get(name), Tensor)]:
-                raise ValueError(
-                    f"load_state_dict: no {', '.join(missing)} for a parameter of shape {list(p.shape)}; needed a "
-                    f"checkpoint of {type(self).__name__}, or of torch's optimizer of that kind"
-                )
+            what = salient[id(p)][1].salient.name if id(p) in salient else f"a parameter of shape {list(p.shape)}"
+            self._check_numbers(what, state)
         # A dense run's has no salient sets, but masters or steps of rows.
         foreign = not any("salient_steps" in state or "master" in state or state["step"].ndim for _, state in pairs)
         for p, state in pairs:
@@ -541,12 +537,40 @@ class SalientOptimizer(Optimizer, ABC):
                 state = self._gathered(p, state, salient[id(p)][1].salient)
             loaded[p] = state
         # From here on nothing can fail.
-        super().load_state_dict({**state_dict, "param_groups": self.completed(state_dict["param_groups"])})
+        super().load_state_dict({**state_dict, "param_groups": completed})
         for p, state in loaded.items():
             if not foreign and id(p) in salient:
                 salient[id(p)][0].load_state_for(salient[id(p)][1].salient, state)
             self.state[p] = state
         self._forget()
+
+    def _check_numbers(self, what: str, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state without moments, or with numbers that no step leaves."""
+        if missing := [name for name in ("step", *self.moment_names) if not isinstance(state.get(name), Tensor)]:
+            raise ValueError(
+                f"load_state_dict: no {', '.join(missing)} for {what}; needed a checkpoint of {type(self).__name__}, "
+                "or of torch's optimizer of that kind"
+            )
+        for name, held in state.items():
+            if not isinstance(held, Tensor):
+                raise ValueError(
+                    f"load_state_dict: {name} of {what} is a {type(held).__name__}, needed a tensor; the checkpoint is "
+                    "damaged"
+                )
+        numbers = [name for name in (*self.moment_names, "master") if name in state]
+        for name in numbers:
+            if not state[name].is_floating_point():
+                raise ValueError(f"load_state_dict: {name} of {what} was saved as {state[name].dtype}, needed floats")
+        if bad := list(itertools.compress(numbers, gradients.nonfinite(state[name] for name in numbers).tolist())):
+            raise ValueError(
+                f"load_state_dict: NaN or Inf in {', '.join(bad)} of {what}; use a checkpoint from before that"
+            )
+        count = local(state["step"]).double()
+        if not ((count >= 0) & (count < 2**31)).all():
+            raise ValueError(
+                f"load_state_dict: the step of {what} goes from {count.min():g} to {count.max():g}, needed counts of "
+                "at least 0; the checkpoint is damaged"
+            )
 
     def _check_foreign(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Raises ValueError for state of torch's optimizer that is none of this parameter's."""
@@ -634,10 +658,29 @@ def params_of(groups: list[dict[str, Any]]) -> Iterator[Any]:
         yield from group["params"]
 
 
+def _check_form(state_dict: Any) -> None:
+    """Raises ValueError for what no optimizer's `state_dict` gave."""
+    parts = state_dict if isinstance(state_dict, Mapping) else {}
+    state, groups = parts.get("state"), parts.get("param_groups")
+    grouped = isinstance(groups, (list, tuple)) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups
+    )
+    if not grouped or not isinstance(state, Mapping) or not all(isinstance(own, Mapping) for own in state.values()):
+        raise ValueError(
+            f"load_state_dict: got a {type(state_dict).__name__} without a 'state' of dicts and 'param_groups' with "
+            "'params'; needed what an optimizer's state_dict() gave"
+        )
+    if strange := state.keys() - set(params_of(parts["param_groups"])):
+        raise ValueError(
+            f"load_state_dict: state {min(map(repr, strange))} is of no parameter in 'param_groups', and would be "
+            "lost; needed the keys as they were saved (JSON makes strings of numbers)"
+        )
+
+
 def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's saved state, its step count as a tensor: old checkpoints of torch have a number."""
     step = state.get("step")
-    return state if step is None or isinstance(step, Tensor) else {**state, "step": torch.tensor(float(step))}
+    return {**state, "step": torch.tensor(float(step))} if isinstance(step, (int, float)) else state
 
 
 def matrix(tensor: Tensor, p: Tensor) -> Tensor:

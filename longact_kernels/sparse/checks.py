@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.projections import Projection
 from longact_kernels.sparse.sharding import is_sharded
 from longact_kernels.sparse.tensor_parallel import wrapped_forward
+from longact_kernels.warning import LongActWarning
 
 
 def projections(found: list[Projection], config: LongActConfig) -> None:
@@ -76,4 +78,19 @@ def apart(layers: Mapping[str, SalientLayer]) -> None:
             raise RuntimeError(
                 f"LongAct: {name} shares its weight with {other} now; needed a weight each, since each has a set of "
                 "its own"
+            )
+
+
+def trained(layers: Mapping[str, SalientLayer], optimizer: torch.optim.Optimizer) -> None:
+    """Warns of a layer that has another weight now than the one that an optimizer about to step holds."""
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        old, new = layer.salient.passes.weight, layer.weight
+        if old is not None and old is not new and new.requires_grad and id(old) in ids and id(new) not in ids:
+            warnings.warn(
+                f"LongAct: {name} has another weight than the one that this {type(optimizer).__name__} holds, and does "
+                "not train unless another optimizer has it; make the optimizer after the weight is put in, or write "
+                "into the old one: layer.weight.data.copy_(...)",
+                LongActWarning,
+                stacklevel=3,
             )

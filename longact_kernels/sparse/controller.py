@@ -8,6 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,11 @@ class LongAct:
         """The controller of a model. A copy of a model has a controller of its own.
 
         Raises:
+            TypeError: if it is no model.
             ValueError: if it has none.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}, needed a torch.nn.Module")
         ids = {id(module) for module in model.modules()}
         for longact in controllers():
             if any(id(layer) in ids for layer in longact.layers.values()):
@@ -383,6 +387,7 @@ class LongAct:
                 "any more: an engine (DeepSpeed ZeRO, Megatron's distributed optimizer, FSDP1) has put flat copies in "
                 f"their place, which would train densely, or weights were replaced after it was made; {engines.REMEDY}"
             )
+        checks.trained(self.layers, optimizer)
         if not self._checked:
             self.check()
             self._checked = True
@@ -586,6 +591,7 @@ class LongAct:
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
                 layer.salient.has_grad = False  # a step uses a compact gradient up
+                layer.salient.passes.weight = layer.weight  # another one may have been put in, with an optimizer
         if first and self.frozen:
             self._statistics.drop()
         elif first and self.config.selection == "lagged":
@@ -680,9 +686,12 @@ class LongAct:
         group. A deep copy or a pickle of a stock optimizer loses its hooks: attach the copy to its own controller.
 
         Raises:
+            TypeError: for what is no optimizer.
             ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer without any of the
                 salient weights; or for a loaded state dict that was saved with sets of other sizes.
         """
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer: got a {type(optimizer).__name__}, needed a torch.optim.Optimizer")
         if not self.layers:
             self.check_trains()
         if self.config.grad == "compact":
@@ -714,9 +723,19 @@ class LongAct:
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` of the masked gradients, with compact ones; returns their norm."""
+        """`torch.nn.utils.clip_grad_norm_` of the masked gradients, with compact ones; returns their norm.
+
+        Raises:
+            TypeError: for parameters that are no tensors, or a norm that is no number.
+        """
+        parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+        parameters = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        if strange := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
+            raise TypeError(f"parameters: got a {strange[0]}, needed tensors, such as model.parameters()")
+        if not isinstance(max_norm, Real) and not (isinstance(max_norm, Tensor) and max_norm.numel() == 1):
+            kind = f"a tensor {list(max_norm.shape)}" if isinstance(max_norm, Tensor) else repr(max_norm)
+            raise TypeError(f"max_norm: got {kind}, needed a number")
         self.mask_gradients()
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         ids = {id(p) for p in parameters}
         own = [layer for layer in self.layers.values() if id(layer.weight) in ids]
         compact = [grad for layer in own if (grad := gradients.compact_grad(layer)) is not None]
@@ -867,7 +886,7 @@ class LongAct:
         ):
             raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
         for name, own in self.state_for(salient).items():
-            if name == "salient_options" or (name not in state and name in SINCE_0_1):
+            if name not in state and name in SINCE_0_1:
                 continue
             held = state.get(name)
             if held is None or held.shape != own.shape or held.dtype != own.dtype:
@@ -875,6 +894,12 @@ class LongAct:
                 raise ValueError(
                     f"load_state_dict: {name} of {salient.name}: got {got}, needed {own.dtype} {list(own.shape)}; use "
                     "the options of the saved run"
+                )
+        for name in ("salient_steps", "salient_times"):
+            if name in state and state[name] < 0:
+                raise ValueError(
+                    f"load_state_dict: {name} of {salient.name} is {int(state[name])}, needed a count of at least 0; "
+                    "the checkpoint is damaged"
                 )
         channels = salient.channels.stop - salient.channels.start
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class Attached:
         if not saved:
             return
         layers = self.longact.layers
+        if not isinstance(saved, Mapping) or not all(isinstance(own, Mapping) for own in saved.values()):
+            raise ValueError("load_state_dict: 'longact' is no dict of dicts; the checkpoint is damaged")
         if unknown := saved.keys() - layers.keys():
             raise ValueError(
                 f"load_state_dict: {min(unknown)} was saved with a salient set, and is no layer of this LongAct; use "

@@ -1,12 +1,13 @@
 """State dicts that are another run's, or damaged: one line that says why, after which nothing has changed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from situations import HYPER, tiny_model, tokens, train
 
-from longact_kernels import LongAct, SalientAdamW
+from longact_kernels import LongAct, LongActWarning, SalientAdamW
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -165,3 +166,143 @@ def test_a_checkpoint_of_another_optimizer_and_of_another_model():
     saved = adamw.state_dict()
     saved["state"][0]["exp_avg"] = torch.zeros(3, 3)
     assert "[3, 3]" in refused(ours, saved)
+
+
+def on(name, value):
+    """A value in the place of one of the state of the layer NAME."""
+
+    def damage(saved, i):
+        own = saved["param_groups"][0].get("longact", {}).get(NAME) or saved["state"][i]
+        own[name] = value
+
+    return damage
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("value", [None, [1, 2], torch.empty(0)], ids=["None", "list", "empty"])
+@pytest.mark.parametrize("name", ["options", "rows", "steps", "flags", "times", "saliency"])
+def test_what_is_kept_of_a_set_has_its_form(name, value, stock):
+    ours, saved = run(stock=stock), copy.deepcopy(run(stock=stock, steps=5)[2].state_dict())
+    names = [own for own, _ in ours[0].named_parameters()]
+    on(f"salient_{name}", value)(saved, names.index(f"{NAME}.weight"))
+    assert NAME in refused(ours, saved)
+
+
+FORMS = {
+    "keys of strings": lambda saved, i: saved.update(state={str(key): own for key, own in saved["state"].items()}),
+    "one key of a string": lambda saved, i: saved["state"].update({str(i): saved["state"].pop(i)}),
+    "a list of states": lambda saved, i: saved.update(state=[*saved["state"].values()]),
+    "no states": lambda saved, i: saved.update(state=None),
+    "a state that is a list": lambda saved, i: saved["state"].update({i: [1]}),
+    "no groups": lambda saved, i: saved.update(param_groups=None),
+    "a group without parameters": lambda saved, i: saved["param_groups"][0].update(params=None),
+    "no learning rate": lambda saved, i: saved["param_groups"][0].update(lr=None),
+    "a master that is none": on("master", None),
+    "a step that is text": on("step", "three"),
+    "rows that are a list": on("rows", [1, 2]),
+    "something that is no tensor": on("more", None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_no_optimizer_saves_is_refused_in_a_line(form):
+    options = dict(dtype=BF16, optimizer=dict(state="compact"))
+    ours, saved = run(**options), copy.deepcopy(run(**options)[2].state_dict())
+    FORMS[form](saved, [name for name, _ in ours[0].named_parameters()].index(f"{NAME}.weight"))
+    assert "object" not in refused(ours, saved)
+
+
+@pytest.mark.parametrize("of", [NAME, "model.norm"])
+@pytest.mark.parametrize("state", ["full", "compact"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("exp_avg", "exp_avg_sq", "master") for value in (float("nan"), float("-inf"))]
+    + [("step", -1), ("salient_steps", -3)],
+)
+def test_numbers_that_no_step_leaves_are_refused_by_name(of, state, name, value):
+    if of != NAME and name == "salient_steps":
+        return
+    options = dict(dtype=BF16, optimizer=dict(state=state))
+    ours, saved = run(**options), copy.deepcopy(run(**options)[2].state_dict())
+    own = saved["state"][[one for one, _ in ours[0].named_parameters()].index(f"{of}.weight")]
+    own[name].view(-1)[-1] = value
+    message = refused(ours, saved)
+    assert name in message and (of != NAME or NAME in message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("exp_avg", float("nan")), ("exp_avg_sq", float("inf")), ("step", -1), ("step", 2.0**40)]
+)
+def test_bad_numbers_of_torchs_optimizer_are_refused_by_name(name, value):
+    ours, model = run(), tiny_model()
+    adamw = torch.optim.AdamW(model.parameters(), **HYPER)
+    train(model, adamw, [0])
+    saved = copy.deepcopy(adamw.state_dict())
+    saved["state"][3][name].view(-1)[0] = value
+    assert name in refused(ours, saved)
+
+
+@pytest.mark.parametrize("value", [1e300, 1e39, 10**400, float("inf"), float("nan"), -1.0, None, "1"], ids=repr)
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_hyperparameters_that_float32_cannot_hold(name, value):
+    model, longact, optimizer = run()
+    optimizer.param_groups[0][name] = value
+    before = contents(model, longact, optimizer)[0]
+    with pytest.raises(ValueError, match=f"^{name}: got .* needed a finite float32 number"):
+        train(model, optimizer, [3])
+    assert same(model.state_dict(), before)
+    optimizer.param_groups[0].update(lr=torch.tensor(1e300, dtype=torch.float64), eps=1e-8, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"^lr: got 1e"):
+        train(model, optimizer, [4])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda longact, model: longact.attach(None), "optimizer: got a NoneType"),
+        (lambda longact, model: longact.attach([model]), "optimizer: got a list"),
+        (lambda longact, model: LongAct.of(None), "model: got a NoneType"),
+        (lambda longact, model: longact.clip_grad_norm_(None, 1.0), "parameters: got a NoneType"),
+        (lambda longact, model: longact.clip_grad_norm_(model, 1.0), "parameters: got a LlamaForCausalLM"),
+        (lambda longact, model: longact.clip_grad_norm_(model.named_parameters(), 1.0), "parameters: got a tuple"),
+        (lambda longact, model: longact.clip_grad_norm_(model.parameters(), torch.ones(2)), "max_norm: got a tensor"),
+        (lambda longact, model: longact.clip_grad_norm_(model.parameters(), None), "max_norm: got None"),
+    ],
+)
+def test_arguments_of_another_type(call, says):
+    model, longact, _ = run()
+    with pytest.raises(TypeError, match=f"^{says}"):
+        call(longact, model)
+    longact.clip_grad_norm_(model.parameters(), torch.ones(1), "inf")
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_weight_put_in_the_place_of_one_that_trains_is_told(stock):
+    model, longact, optimizer = run(stock=stock)
+    layer = longact.layers[NAME]
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    before = layer.weight.detach().clone()
+    with pytest.warns(LongActWarning, match=f"{NAME} has another weight"):
+        train(model, optimizer, [3])
+    assert torch.equal(layer.weight, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": [layer.weight]})
+        train(model, optimizer, [4, 5])
+        assert not torch.equal(layer.weight, before)
+
+
+def test_a_weight_put_in_with_an_optimizer_of_its_own():
+    model, longact, optimizer = run()
+    layer = longact.layers[NAME]
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    before = layer.weight.detach().clone()
+    own = SalientAdamW([layer.weight], **HYPER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+            own.step()
+            optimizer.step()
+            model.zero_grad()
+    assert not torch.equal(layer.weight, before)
