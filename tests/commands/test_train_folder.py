@@ -21,6 +21,7 @@ from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
 from longact_kernels.commands.train.folder import FILES, RunFolder
 from longact_kernels.commands.train.resuming import MAY_CHANGE, as_of
+from longact_kernels.tasks.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -68,6 +69,14 @@ def opened(place: Path, run: Path, *more) -> RunFolder:
     folder = RunFolder(*parse(words(place, run, "--resume", *more)))
     folder.close()
     return folder
+
+
+def begun_with(run: Path, **options) -> None:
+    """Makes a run one that was begun with other options, which its checkpoints have a copy of."""
+    for folder in (run, *run.glob("checkpoint-*")):
+        write_json(folder / "run.json", json.loads((run / "run.json").read_text()) | options)
+        if folder != run:
+            seal(folder)
 
 
 def halve(path: Path) -> None:
@@ -226,8 +235,7 @@ def test_what_makes_another_run_is_refused_by_name(place, run, option, value):
 
 
 def test_another_number_of_processes_is_another_run(place, run):
-    held = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", held | {"processes": 2})
+    begun_with(run, processes=2)
     with pytest.raises(ValueError, match="with processes 2 instead of 1"):
         opened(place, run)
 
@@ -238,8 +246,7 @@ def test_steps_that_have_been_taken_are_not_taken_back(place, run):
 
 
 def test_stages_stay_where_they_were(place, run):
-    held = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", held | {"length": None, "lengths": "420,500"})
+    begun_with(run, length=None, lengths="420,500")
     given = [word for word in words(place, run, "--resume", "--lengths", "420,500") if "--length=" not in word]
     with pytest.raises(ValueError, match="with max_steps 2 instead of 4"):
         RunFolder(*parse([*given, "--max_steps", "4"]))
@@ -416,3 +423,26 @@ def test_a_file_where_a_folder_belongs_is_refused_at_once(place, run, refused, n
     (run / name).touch()
     said = refused("train", *words(place, run, "--resume", "--model", "/nowhere"))
     assert f"output_dir: {run / name} is a file, where a run has a folder" in said
+
+
+def test_other_prompts_under_the_same_name_are_refused(place, tmp_path, refused):
+    data, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
+
+    def write(rows):
+        data.write_text("\n".join(map(json.dumps, rows)))
+        read_rows.cache_clear()  # each command is a process of its own
+
+    write(rows)
+    more = ["--dataset", data, "--max_steps", 1]
+    assert main(["train", *words(place, run, *more)]) == 0
+    resumed = words(place, run, *more, "--resume")
+    for changed in (rows[::-1], [*rows[:-1], {"prompt": "What is 9 + 1?", "answer": "10"}], [*rows[:-1], rows[0]]):
+        write(changed)
+        said = refused("train", *resumed)
+        assert f"dataset: {data} has other prompts than the run in {run} was begun with" in said
+    write(rows)
+    assert main(["train", *resumed]) == 0
+    held = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {name: of for name, of in held.items() if name != "prompts"})
+    assert main(["train", *resumed]) == 0  # of a run from before the hash

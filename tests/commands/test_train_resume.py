@@ -154,7 +154,7 @@ def test_the_model_is_an_ordinary_checkpoint(runs):
         assert AutoTokenizer.from_pretrained(run / "model")("x")["input_ids"]
         for name in ("model", f"checkpoint-{STEPS}"):
             for path in (run / name).glob("*"):
-                assert path.name == "optimizer.pt" or b"longact" not in path.read_bytes().lower(), path
+                assert path.name in ("optimizer.pt", "run.json") or b"longact" not in path.read_bytes().lower(), path
 
 
 def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
@@ -162,8 +162,9 @@ def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
     run = runs[0]
     kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "model/model.safetensors")}
     held = json.loads((run / "run.json").read_text())
-    more = ["--state", held["state"], "--selection", held["selection"], "--statistic", held["statistic"]]
-    more += ["--refresh_every", str(held["refresh_every"])] + ([] if held["longact"] else ["--no-longact"])
+    sets = ["--selection", held["selection"], "--statistic", held["statistic"]]
+    sets += ["--refresh_every", str(held["refresh_every"])]
+    more = ["--state", held["state"], *(sets if held["longact"] else ["--no-longact"])]
     more += ["--moments", held["moments"], "--stochastic_rounding", str(held["stochastic_rounding"])]
     assert command.main(arguments(folder, run, *more, "--resume")) == 0
     assert not (run / f"checkpoint-{STEPS + 1}").exists()

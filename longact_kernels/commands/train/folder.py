@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -178,9 +180,27 @@ class RunFolder:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         write_json(self.path / OWNER, {"process": os.getpid(), "host": platform.node(), "since": since})
 
+    def take_prompts(self, prompts: list[dict]) -> None:
+        """Keeps a hash of the prompts, which tells a resumed run whether what they are made from has changed.
+
+        Raises:
+            ValueError: they have.
+        """
+        text = json.dumps(prompts, sort_keys=True, default=str)
+        self._prompts = hashlib.sha256(text.encode()).hexdigest()
+        held = read_json(self.path / "run.json").get("prompts", self._prompts) if self.arguments.resume else None
+        if held not in (None, self._prompts):
+            sources = ("dataset", "documents", "haystack", "task")
+            name = next(name for name in sources if getattr(self.arguments, name))
+            raise ValueError(
+                f"{name}: {getattr(self.arguments, name)} has other prompts than the run in {self.path} was begun "
+                "with; restore it, or name another output_dir"
+            )
+
     def begin(self) -> None:
         """Makes the folder this run's."""
-        write_json(self.path / "run.json", {**self._options(), "changes": self.changes})
+        run = {**self._options(), "prompts": self._prompts, "changes": self.changes}
+        write_json(self.path / "run.json", run)
 
     @property
     def checkpoint_step(self) -> int:

@@ -125,8 +125,7 @@ def changes_of(held: dict, wanted: dict, step: int, where: object, stages: int) 
 def foreign(held: dict, theirs: dict) -> str | None:
     """What makes a checkpoint, with its copy of a run's options, that of another run; None if nothing does."""
     ours, own = ({**of, **of.get("grpo_config", {})} for of in (held, theirs))
-    # The number of processes: `flaw` counts a checkpoint's random states, and `changes_of` compares it by name.
-    for name in own.keys() - MAY_CHANGE - NOT_COMPARED - {"grpo_config", "changes", "processes"}:
+    for name in own.keys() - MAY_CHANGE - NOT_COMPARED - {"grpo_config", "changes"}:
         if ours.get(name, own[name]) != own[name]:
             return f"is of another run, with {name} {own[name]!r} instead of {ours[name]!r}"
     return None

@@ -78,6 +78,7 @@ class Run:
         with progress_bar(console) as bar:
             advance = partial(bar.advance, bar.add_task("prompts", total=prompts, note=arguments.subject))
             train_dataset, self.held_out = make_prompts(arguments, training, self.tokenizer, advance)
+        self.folder.take_prompts([*train_dataset, *self.held_out])
         punishment = int(arguments.overlong_share * training.max_completion_length)
         overlong = [get_soft_overlong_punishment(training.max_completion_length, punishment)] if punishment else []
         self.trainer = DriverTrainer(
