@@ -109,7 +109,7 @@ def calls():
         shape = (S, 24) if axis == "rows" else (24, S)
         start = torch.arange(S * 24, device=DEVICE, dtype=torch.float32).view(shape)
         states = [start.clone(), start[:, 0].int().clone() if axis == "rows" else start[0].int().clone()]
-        later = (index + 1).clamp(max=channels - 1)
+        later = channels - 1 - index.flip(0)
         return [*states, *carry_([states], [index], [later], axis)]
 
     def stepped(axis, moments, compact):

@@ -14,7 +14,7 @@ from longact_kernels.sparse.statistics import Measured
 
 # What choosing writes, and what it looks up.
 _WRITTEN = ("index", "before", "first", "saliency", "times")
-_LOOKED_UP = ("_segments", "_layer_of_channel", "_layer_of_place", "_first_of_place")
+_LOOKED_UP = ("_segments", "_layer_of_channel", "_layer_of_place", "_first")
 
 
 @dataclass
@@ -57,13 +57,12 @@ class ChosenSets:
     def begin(self, sets: list[SalientSet]) -> None:
         """Takes the layers' sets, once all are made."""
         self.sets = sets
-        layers = torch.arange(len(sets))
-        first = torch.tensor([s.channels.start for s in sets])
+        layers = torch.arange(len(sets), dtype=torch.int32)
+        self._first = torch.tensor([s.channels.start for s in sets])
         widths = torch.tensor([s.channels.stop - s.channels.start for s in sets])
         self._segments = torch.tensor([s.segments.stop - s.segments.start for s in sets])
         self._layer_of_channel = layers.repeat_interleave(widths)
         self._layer_of_place = layers.repeat_interleave(torch.tensor(self.select.sizes))
-        self._first_of_place = first[self._layer_of_place]
 
     def parts(self, of_sets: Tensor) -> tuple[Tensor, ...]:
         """Each layer's part of a tensor that has something for every slot of every set, as views."""
@@ -90,7 +89,7 @@ class ChosenSets:
         """Bool [channels of all layers], whether a channel is in no set."""
         channels = len(self.saliency)
         outside = torch.ones(channels + 1, dtype=torch.bool, device=self.device)  # empty slots clear the last
-        places = torch.where(self.index < 0, channels, self.index + self._first_of_place)
+        places = torch.where(self.index < 0, channels, self.index + self._first[self._layer_of_place])
         return outside.index_fill_(0, places, False)[:-1]
 
     def choose(self, measured: Measured, step: int, among: list[bool] | None = None, bad: Tensor | None = None) -> None:

@@ -137,6 +137,9 @@ class Selection:
         self.whole = channels == list(range(start))
         wanted = sum(density * count for density, count in units.items())
         self.keep = share(1.0, wanted) if scope == "model" else None
+        if self.keep is None and strategy != "threshold":  # sets are full: nobody looks there
+            bottom = []
+            channels = [] if self.whole else channels
         self._tables = tuple(
             torch.tensor(table, dtype=torch.int64) for table in (channels, dense, bottom, kinds, first)
         )

@@ -70,7 +70,7 @@ def test_the_report_needs_nothing_but_itself(run):
     ("words", "message"),
     [
         (["--density", "1.5"], "density: got 1.5"),
-        (["--density", "much"], "--density: invalid float value: 'much'"),
+        (["--density", "much"], "density: got 'much', needed a share above 0"),
         (["--statistic", "max"], "--statistic: got 'max', needed one of absmax, l2; did you mean 'absmax'?"),
         (["--task", "poetry"], "task: got 'poetry', needed one of niah_single_1"),
         (["--length", "20"], "length: got 20, but the shortest prompt of this task takes"),
@@ -104,7 +104,7 @@ def test_bad_input_gets_one_line(place, tmp_path, monkeypatch, refused, words, m
         ("learning_rte: 1e-5", "bad.yaml: there is no option 'learning_rte'; did you mean 'learning_rate'?"),
         ("- a\n- b", "must contain a YAML mapping"),
         ("a: [", "bad.yaml is not valid YAML"),
-        ("density: much", "bad.yaml: density: invalid float value: 'much'"),
+        ("density: much", "density: got 'much', needed a share above 0"),
         ("algorithm: ppo", "algorithm: got 'ppo', needed one of grpo, dapo"),
         ("train_prompts: [3]", "train_prompts: got [3], needed a whole number"),
         ("task: 3", "task: got 3, needed a text"),

@@ -258,7 +258,7 @@ def test_two_texts_of_one_name_go_by_their_paths(tmp_path):
         (["--lengths", "64,4096"], "lengths: got 4096, but the model reads 2048 tokens at most"),
         (["--lengths", "64,much"], "--lengths: got 'much', needed a whole number of at least 16"),
         (["--batches", "1"], "--batches: got '1', needed a whole number of at least 2"),
-        (["--density", "1.5"], "density: got 1.5, needed a share of the channels above 0 and up to 1"),
+        (["--density", "1.5"], "density: got 1.5, needed a share above 0 and up to 1"),
         (["--colour"], "there is no option '--colour'"),
         (["--output", "held"], "output: held exists and is not an empty folder"),
         (["--dtype", "float8"], "--dtype: got 'float8', needed one of"),

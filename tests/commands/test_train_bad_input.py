@@ -39,8 +39,8 @@ def no_weights(monkeypatch):
         (["--output_dir", "/proc/nowhere/run"], "output_dir: cannot write in /proc"),
         (["--no-longact", "--density", "0.5"], "density: got it beside --no-longact"),
         (["--no-longact", "--density=0.5"], "density: got it beside --no-longact"),
-        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint: longact train goes on by --resume"),
-        (["--ignore_data_skip", "true"], "ignore_data_skip: longact train goes on by --resume"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint: longact train continues a run with --resume"),
+        (["--ignore_data_skip", "true"], "ignore_data_skip: longact train continues a run with --resume"),
     ],
 )
 def test_it_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, refused, no_weights, words, message):

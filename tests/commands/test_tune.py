@@ -76,7 +76,7 @@ def test_the_report_shows_ratios_to_the_product_alone():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(refused, table_file):
-    assert "needs a CUDA GPU" in refused("tune")
+    assert "needs a CUDA or ROCm GPU" in refused("tune")
     assert not table_file.exists()
 
 
