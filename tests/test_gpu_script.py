@@ -89,6 +89,7 @@ def test_dry_run(checkout, tmp_path):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_trials(checkout, tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--stages", "trials", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)

@@ -74,7 +74,8 @@ def train(place, name, processes):
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict(), logs
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_of_accelerate_are_one(place, name):
     one, one_logs = train(place, name, 1)
     two, two_logs = train(place, name, 2)
