@@ -191,13 +191,18 @@ def test_rows_compare_the_seeds_that_arms_share(tmp_path):
         assert found.p_t == pytest.approx(wanted.pvalue)
 
 
+def _take_sigint():
+    """A background job of a shell ignores Ctrl-C, and so does what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A study that got Ctrl-C once a run was finished, and then was started again."""
     place = tmp_path_factory.mktemp("study")
     (place / "study.yaml").write_text(yaml.safe_dump(STUDY))
     command = [sys.executable, "-m", "longact_kernels.cli", "study", "study.yaml", "--jobs", "1", "--output", "out"]
-    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True, preexec_fn=_take_sigint) as process:
         while not list(place.glob("out/results/*.json")) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -207,6 +212,7 @@ def stopped(tmp_path_factory):
     return place / "out", process.returncode, said, first, again
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_clean_and_the_study_goes_on(stopped):
     folder, status, said, first, again = stopped
     assert status == 130
@@ -218,6 +224,7 @@ def test_ctrl_c_is_clean_and_the_study_goes_on(stopped):
     assert all(path.stat().st_mtime_ns == changed for path, changed in first.items())
 
 
+@pytest.mark.slow
 def test_what_a_study_finds(stopped):
     folder = stopped[0]
     results = {path.stem: json.loads(path.read_text()) for path in folder.glob("results/*.json")}
@@ -244,6 +251,7 @@ def test_what_a_study_finds(stopped):
     assert "minus dense" in page and "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_a_killed_study_takes_its_runs_along(base, tmp_path):
     shutil.copytree(base / "one", tmp_path / "out" / "base" / "seed-1")
     (tmp_path / "study.yaml").write_text(
@@ -261,6 +269,7 @@ def test_a_killed_study_takes_its_runs_along(base, tmp_path):
     assert json.loads(kept[0].read_text())["global_step"] < 40
 
 
+@pytest.mark.slow
 def test_results_of_other_options_are_not_taken_over(stopped, refused):
     folder = stopped[0]
     other = folder.parent / "other.yaml"

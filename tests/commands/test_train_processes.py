@@ -71,6 +71,7 @@ def weights(place, name):
 
 
 # One test: its runs take long, and pytest-xdist would have each worker do them.
+@pytest.mark.slow
 def test_two_processes_are_one_run(place, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main([*map(str, arguments(place, "alone", "--max_steps", 1))]) == 0
