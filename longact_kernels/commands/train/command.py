@@ -19,10 +19,18 @@ def main(argv: list[str]) -> int:
         Refusal: bad input; no run has been touched then, unless a reward function showed only in training that its
             values are none.
     """
-    if {"-h", "--help", "--help-all"} & {*argv}:
+    hides_peft = {"-h", "--help", "--help-all"} & {*argv} and "peft" not in sys.modules
+    if hides_peft:
         # transformers imports it where it is installed, which takes as long as all else that the help needs.
         sys.modules["peft"] = None  # type: ignore[assignment]
-    from longact_kernels.commands.train.arguments import parse
+    try:
+        from longact_kernels.commands.train.arguments import parse
+
+        if hides_peft:
+            parse(argv)  # says its help, and ends
+    finally:
+        if hides_peft:
+            del sys.modules["peft"]
 
     with refusing():
         arguments, training = parse(argv)
