@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import backward, tiny_model, tokens
+from models import QWEN3_8B, backward, tiny_model, tokens
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.memory import steps
@@ -34,15 +34,7 @@ def test_query_and_key_memory_is_at_most_31_hundredths_of_dense(dtype):
 
 @pytest.mark.parametrize("density", [0.3, 0.1, 0.01])
 def test_bytes_of_qwen3_8b_with_all_linear_layers_sparse(density):
-    config = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
+    config = Qwen3Config(**QWEN3_8B)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     model.requires_grad_(False)

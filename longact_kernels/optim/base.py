@@ -426,18 +426,14 @@ class SalientOptimizer(Optimizer, ABC):
         state, weight, dim = self.state[p], local(p.detach()), salient.dim
         index, old = self._index(p, salient), state.pop("rows")
         filled = (old >= 0).nonzero().flatten()
-        chosen = index.clamp(min=0)
-        fresh = self.new_state(p, weight.index_select(dim, chosen), dim)
+        fresh = self.new_state(p, weight.index_select(dim, index.clamp(min=0)), dim)
         for name, held in self._channels_of(state).items():
             along = 0 if name == "step" else dim
             shape = list(held.shape)
             shape[along] = weight.shape[dim]
             whole = weight.float() if name == "master" else held.new_zeros(shape)
             whole = whole.index_copy(along, old[filled], held.index_select(along, filled))
-            fresh[name].copy_(whole.index_select(along, chosen))
-            # Slots without a channel hold nothing.
-            empty = (index < 0).view([-1 if d == along else 1 for d in range(held.ndim)])
-            fresh[name].masked_fill_(empty, 0)
+            fresh[name].copy_(_taken(whole, index, along))
         state.update(fresh, rows=index.clone())
 
     # What is kept
@@ -487,14 +483,12 @@ class SalientOptimizer(Optimizer, ABC):
         here = ((rows >= start) & (rows < start + count)).nonzero().flatten()
         slots = rows.new_full((salient.most(start, start + count),), -1)
         slots[len(slots) - len(here) :] = here
-        empty, taken = slots < 0, slots.clamp(min=0)
-        part = {**state, "rows": torch.where(empty, -1, rows[taken] - start)}
+        part = {**state, "rows": torch.where(slots < 0, -1, rows[slots.clamp(min=0)] - start)}
         for name, held in self._channels_of(state).items():
             held, dim = assembled(held), 0 if name == "step" else salient.dim
             if held.ndim > 1:
                 held = held.narrow(1 - dim, *bounds(p, 1 - dim))
-            held = held.index_select(dim, taken)
-            part[name] = held.masked_fill(empty.view([-1 if d == dim else 1 for d in range(held.ndim)]), 0)
+            part[name] = _taken(held, slots, dim)
         return part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -656,6 +650,12 @@ class _Work(NamedTuple):
 def params_of(groups: list[dict[str, Any]]) -> Iterator[Any]:
     for group in groups:
         yield from group["params"]
+
+
+def _taken(held: Tensor, slots: Tensor, dim: int) -> Tensor:
+    """What a tensor has for some slots along a dimension; nothing for those without a channel (-1)."""
+    empty = (slots < 0).view([-1 if d == dim else 1 for d in range(held.ndim)])
+    return held.index_select(dim, slots.clamp(min=0)).masked_fill_(empty, 0)
 
 
 def _check_form(state_dict: Any) -> None:

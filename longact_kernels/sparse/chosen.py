@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longact_kernels.sparse.flat import any_of
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import Selection
 from longact_kernels.sparse.statistics import Measured
@@ -82,8 +83,7 @@ class ChosenSets:
 
     def by_layer(self, of_segments: Tensor) -> Tensor:
         """Bool [layers], whether any of a layer's segments is true."""
-        # Unsafe: else the host would wait, to see whether the lengths fit.
-        return torch.segment_reduce(of_segments.float(), "max", lengths=self._segments, unsafe=True) > 0
+        return any_of(of_segments, self._segments)
 
     def outside(self) -> Tensor:
         """Bool [channels of all layers], whether a channel is in no set."""

@@ -10,6 +10,12 @@ from torch import Tensor
 Shapes = Mapping[Any, Sequence[int]]
 
 
+def any_of(flags: Tensor, lengths: Tensor) -> Tensor:
+    """Bool [parts], whether any flag is true in each part of a flat tensor of flags."""
+    # Unsafe: else the host would wait, to see whether the lengths fit.
+    return torch.segment_reduce(flags.float(), "max", lengths=lengths, unsafe=True) > 0
+
+
 class Flat:
     """fp32 tensors that lie in one buffer, so that one reset and one all-reduce serve them all.
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from longact_kernels.sparse.flat import Flat
+from longact_kernels.sparse.flat import Flat, any_of
 from longact_kernels.sparse.sharding import Ranks
 
 Waiting = tuple[Mapping[str, Tensor], Tensor, Tensor]
@@ -238,17 +238,12 @@ class Statistics:
         kept = dict(zip(self.statistic.fields, buffer.split(widths), strict=True))
         value = self.statistic.value(kept, self._spread)
         first = kept[next(iter(self.statistic.fields))]
-        fed = self._any(first != 0)
+        fed = any_of(first != 0, self.sizes)
         return Measured(value if self.source is None else value[self.source], fed)
 
     def bad(self) -> Tensor:
         """Bool [segments]: whether the joined batch has a NaN or Inf."""
-        return self._any(~self.joined.buffer[: self.channels].isfinite())
-
-    def _any(self, of_channels: Tensor) -> Tensor:
-        """Bool [segments], whether any of a segment's channels is true."""
-        # Unsafe: else the host would wait, to see whether the lengths fit.
-        return torch.segment_reduce(of_channels.float(), "max", lengths=self.sizes, unsafe=True) > 0
+        return any_of(~self.joined.buffer[: self.channels].isfinite(), self.sizes)
 
     def _spread(self, of_segments: Tensor) -> Tensor:
         return of_segments.repeat_interleave(self.sizes, output_size=self.channels)

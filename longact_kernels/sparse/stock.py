@@ -29,7 +29,8 @@ class Attached:
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._check)
         optimizer.register_load_state_dict_post_hook(self._load)
-        self._load(optimizer)  # what was loaded before
+        self._check(optimizer, {"param_groups": optimizer.param_groups})  # what was loaded before
+        self._load(optimizer)
 
     def _before(self, optimizer: Any, args: tuple, kwargs: dict) -> Any:
         if not self.longact.layers:
@@ -106,7 +107,6 @@ class Attached:
             self.longact.check_state_for(layer.salient, saved.get(name, {}))
 
     def _load(self, optimizer: Any) -> None:
-        self._check(optimizer, {"param_groups": optimizer.param_groups})
         saved = optimizer.param_groups[0].pop("longact", None)
         for name, layer in self.longact.layers.items() if saved else ():
             self.longact.load_state_for(layer.salient, saved[name])

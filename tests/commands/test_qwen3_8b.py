@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from models import QWEN3_8B
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from longact_kernels import LongAct
@@ -13,15 +14,7 @@ from longact_kernels.cli import main
 from longact_kernels.commands.train.arguments import parse
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "qwen3-8b").glob("*.yaml"))
-QWEN3_8B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+REAL = Qwen3Config(**QWEN3_8B)
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -41,7 +34,7 @@ def test_parses_into_the_papers_setting(config):
 def test_takes_the_projections_of_the_whole_model(config):
     arguments, _ = parse(["--config", str(config)])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(QWEN3_8B, dtype=torch.bfloat16).train()
+        model = AutoModelForCausalLM.from_config(REAL, dtype=torch.bfloat16).train()
     longact = LongAct(model, **arguments.longact_options())
     assert len(longact.layers) == 72
     for name, layer in longact.layers.items():

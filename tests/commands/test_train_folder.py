@@ -38,21 +38,8 @@ def place(tmp_path_factory):
 
 
 def words(root: Path, output: Path, *more) -> list[str]:
-    options = {
-        "model": root / "model",
-        "output_dir": output,
-        "length": 420,
-        "train_prompts": 4,
-        "eval_prompts": 2,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": STEPS,
-        "save_steps": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-    }
+    options = {"model": root / "model", "output_dir": output, "max_steps": STEPS, "lr_scheduler_type": "constant"}
+    options |= tiny.SHORT_RUN
     given = [str(word) for word in more]
     return [f"--{key}={value}" for key, value in options.items() if f"--{key}" not in given] + given
 

@@ -21,21 +21,8 @@ KINDS = {
 
 
 def words(root: Path, output: Path, *more: str) -> list[str]:
-    options = {
-        "model": root / "model",
-        "output_dir": output,
-        "length": 420,
-        "train_prompts": 4,
-        "eval_prompts": 2,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": STEPS,
-        "save_steps": 1,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "reward": "reward_of_this_test:reward",
-    }
+    options = {"model": root / "model", "output_dir": output, "max_steps": STEPS}
+    options |= {"reward": "reward_of_this_test:reward", **tiny.SHORT_RUN}
     return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
 
 

@@ -27,22 +27,8 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, output, *more):
-    options = {
-        "model": folder,
-        "output_dir": output,
-        "length": 420,
-        "train_prompts": 4,
-        "eval_prompts": 3,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": STEPS,
-        "save_steps": 1,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "reward": "reward_of_this_test:reward",
-    }
+    options = {"model": folder, "output_dir": output, "max_steps": STEPS, "gradient_accumulation_steps": 2}
+    options |= tiny.SHORT_RUN | {"eval_prompts": 3, "reward": "reward_of_this_test:reward"}
     return [str(word) for key, value in options.items() for word in (f"--{key}", value)] + list(more)
 
 

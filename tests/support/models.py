@@ -13,6 +13,18 @@ SHAPE = dict(
 )
 
 
+# As Qwen/Qwen3-8B's configuration has it.
+QWEN3_8B = dict(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+
+
 def tiny_model(family: str = "Llama", **changes) -> torch.nn.Module:
     """A randomly initialised causal LM in training mode, the same one at every call; heads of 10 channels."""
     import transformers

@@ -13,6 +13,20 @@ TEMPLATE = (
 )
 
 
+# Options of `longact train` for a run that takes seconds.
+SHORT_RUN = {
+    "length": 420,
+    "train_prompts": 4,
+    "eval_prompts": 2,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "save_steps": 1,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+}
+
+
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(SPECIAL + alphabet)}
