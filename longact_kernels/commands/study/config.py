@@ -1,12 +1,14 @@
 """What a study's YAML file says: a setting, the options that all runs share, and the arms, which differ in few."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from trl import ModelConfig
 
 from longact_kernels.commands.console import did_you_mean
 from longact_kernels.commands.study.recall import Recall
@@ -14,8 +16,9 @@ from longact_kernels.commands.train.arguments import LONGACT
 
 SETTINGS = ("recall", "train")
 DENSE = "dense"
-# All arms get the same data, compute and learning rate, and differ in the method alone.
+# All arms get the same data and compute, and differ in the method alone.
 ARM_OPTIONS = [of.name for of in LONGACT] + ["longact", "state", "algorithm"]
+LORA_OPTIONS = [of.name for of in dataclasses.fields(ModelConfig) if of.name.startswith("lora_")]
 SHARED_BY_ALL = ("output_dir", "seed", "resume", "config")
 
 
@@ -24,15 +27,25 @@ class Arm:
     """One way to train, over several seeds.
 
     Attributes:
+        method: its name in the study's file.
         options: of `longact train`, in which the arm differs.
-        frozen: the query and key weights stay as they are, all else trains: what there is to gain without them.
+        frozen: a regular expression that is searched for in the names of parameters: those found stay as they are.
+        lora: options of LoRA adapters, as TRL's `ModelConfig` names them; with any, they alone are trained.
         seeds: of its runs.
+        base: the model and the task of setting "recall".
     """
 
-    name: str
+    method: str
     options: dict[str, Any]
-    frozen: bool
+    frozen: str | None
+    lora: dict[str, Any]
     seeds: list[int]
+    base: Recall
+
+    @property
+    def differs(self) -> dict[str, Any]:
+        """All in which it differs from other arms with its base, by name."""
+        return {**self.options, **self.lora} | ({"frozen": self.frozen} if self.frozen else {})
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,14 @@ class Study:
         setting: "recall", for every seed a small model pretrained here, on associative recall; or "train", whatever
             model and task the options name.
         options: of `longact train`, for all arms.
-        arms: by name; one is called "dense".
-        reference: the arm that the others are compared with, besides "dense".
-        base: the model and the task of setting "recall".
+        arms: by name, which is the method's, with the number of pairs behind it where the study has several.
+        reference: the method that the others are compared with, besides "dense".
+        frozen: as an arm's, for all arms.
         curve_every: steps between two measurements of the held-out accuracy; 0 for none but before and after.
         evaluate: options of `longact eval` (tasks, lengths, limit, batch_size), whose mean score is then the final
             one; None for the held-out accuracy.
+        learning_rates: of which every arm gets the one that is best for it; none where `options` has the rate of all.
+        tuning_seeds: that tell which is best.
     """
 
     name: str
@@ -56,9 +71,38 @@ class Study:
     options: dict[str, Any]
     arms: dict[str, Arm]
     reference: str
-    base: Recall = field(default_factory=Recall)
+    frozen: str | None = None
     curve_every: int = 0
     evaluate: dict[str, Any] | None = None
+    learning_rates: list[float] = field(default_factory=list)
+    tuning_seeds: list[int] = field(default_factory=list)
+
+    def beside(self, arm: Arm, method: str) -> str:
+        """The name of the arm of a method that an arm is compared with: the one with the same base."""
+        return next(name for name, other in self.arms.items() if (other.method, other.base) == (method, arm.base))
+
+    @staticmethod
+    def tuned_name(name: str, rate: float) -> str:
+        """What `tuning` calls an arm with one of the learning rates."""
+        return f"{name}-lr{rate:g}"
+
+    def tuning(self) -> "Study":
+        """The study that tells every arm's learning rate: an arm for each rate of each arm."""
+        arms = {
+            self.tuned_name(name, rate): replace(
+                arm, options={**arm.options, "learning_rate": rate}, seeds=self.tuning_seeds
+            )
+            for name, arm in self.arms.items()
+            for rate in self.learning_rates
+        }
+        return replace(self, arms=arms, curve_every=0, evaluate=None)
+
+    def with_rates(self, rates: dict[str, float]) -> "Study":
+        """The study with each arm's learning rate, by its name."""
+        arms = {
+            name: replace(arm, options={**arm.options, "learning_rate": rates[name]}) for name, arm in self.arms.items()
+        }
+        return replace(self, arms=arms)
 
     @property
     def seeds(self) -> list[int]:
@@ -80,7 +124,7 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: needed a mapping with setting, seeds, options and arms")
-    known = ("setting", "seeds", "options", "arms", "reference", "base", "curve_every", "evaluate")
+    known = [of.name for of in dataclasses.fields(Study) if of.name != "name"] + ["seeds", "base"]
     check_keys(content, known, str(path))
     for key in ("setting", "seeds", "options", "arms"):
         if not content.get(key):
@@ -100,35 +144,78 @@ def read_study(path: Path) -> Study:
     elif "base" in content:
         raise ValueError("base: belongs to setting recall only; set the model and the task under options")
     seeds = seeds_of(content["seeds"], "seeds")
-    arms = {
-        str(name): read_arm(str(name), mapping(arm or {}, f"arms: {name}"), seeds)
-        for name, arm in mapping(content["arms"], "arms").items()
-    }
-    reference = content.get("reference", next((name for name in arms if name != DENSE), DENSE))
+    bases = bases_of(mapping(content.get("base") or {}, "base"))
+    arms = {}
+    for name, arm in mapping(content["arms"], "arms").items():
+        read = read_arm(str(name), mapping(arm or {}, f"arms: {name}"), seeds)
+        for base in bases:
+            arms[f"{name}-{base.pairs}" if len(bases) > 1 else str(name)] = replace(read, base=base)
+    methods = [arm.method for arm in arms.values()]
+    reference = content.get("reference", next((name for name in methods if name != DENSE), DENSE))
     for name in (DENSE, reference):
-        if name not in arms:
+        if name not in methods:
             raise ValueError(f"arms: needed an arm {name!r}, which the others are compared with")
     evaluate = content.get("evaluate")
     if evaluate is not None:
         check_keys(mapping(evaluate, "evaluate"), ("tasks", "lengths", "limit", "batch_size"), "evaluate")
-    base = mapping(content.get("base") or {}, "base")
-    check_keys(base, [one.name for one in dataclasses.fields(Recall)], "base")
     curve_every = content.get("curve_every", 0)
     if not isinstance(curve_every, int) or curve_every < 0:
         raise ValueError(f"curve_every: got {curve_every!r}, needed a number of steps, or 0")
-    return Study(path.stem, content["setting"], options, arms, reference, Recall(**base), curve_every, evaluate)
+    frozen = pattern(content.get("frozen"), "frozen")
+    study = Study(path.stem, content["setting"], options, arms, reference, frozen, curve_every, evaluate)
+    return with_tuning(study, content)
+
+
+def with_tuning(study: Study, content: dict) -> Study:
+    """The study with the learning rates that its file has for every arm to choose from, and the seeds for that."""
+    if "learning_rates" not in content and "tuning_seeds" not in content:
+        return study
+    rates = content.get("learning_rates")
+    if not isinstance(rates, list) or len(set(rates)) < 2 or not all(type(one) is float and one > 0 for one in rates):
+        raise ValueError(
+            f"learning_rates: got {rates!r}, needed a list of two rates or more, such as [5.0e-4, 1.0e-3] (YAML takes "
+            "1e-3 for a text)"
+        )
+    if "learning_rate" in study.options:
+        raise ValueError(
+            "options: got learning_rate beside learning_rates, of which each arm gets its best; leave it out"
+        )
+    seeds = seeds_of(content.get("tuning_seeds"), "tuning_seeds")
+    if both := sorted({*seeds} & {*study.seeds}):
+        raise ValueError(f"tuning_seeds: got {both[0]}, a seed that the arms are compared on; needed others")
+    return replace(study, learning_rates=sorted(set(rates)), tuning_seeds=seeds)
 
 
 def read_arm(name: str, content: dict, seeds: list[int]) -> Arm:
+    """An arm, with the base of `Recall`'s defaults."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ValueError(f"arms: got the name {name!r}, needed letters, digits, '-', '_' and '.', as in a file's name")
     options = dict(content)
     seeds = seeds_of(options.pop("seeds", seeds), f"arms: {name}: seeds")
-    frozen = options.pop("frozen", False)
-    check_keys(options, ARM_OPTIONS, f"arms: {name}", "arms share data, compute and learning rate: see options")
-    if name == DENSE or frozen:
+    frozen = pattern(options.pop("frozen", None), f"arms: {name}: frozen")
+    lora = {key: options.pop(key) for key in LORA_OPTIONS if key in options}
+    remark = "arms share data and compute: see options; learning_rates chooses a rate for each"
+    check_keys(options, [*ARM_OPTIONS, *LORA_OPTIONS], f"arms: {name}", remark)
+    if name == DENSE or frozen or lora:
         options.setdefault("longact", False)
-    return Arm(name, options, frozen, seeds)
+    if lora and options["longact"]:
+        raise ValueError(f"arms: {name}: got longact and {next(iter(lora))}; leave one of them out")
+    return Arm(name, options, frozen, lora, seeds, Recall())
+
+
+def bases_of(content: dict) -> list[Recall]:
+    """The base for each of its numbers of pairs."""
+    check_keys(content, [of.name for of in dataclasses.fields(Recall)], "base")
+    pairs = content.get("pairs", Recall.pairs)
+    return [Recall(**content | {"pairs": one}) for one in (pairs if isinstance(pairs, list) else [pairs])]
+
+
+def pattern(content: Any, where: str) -> str | None:
+    try:
+        re.compile(content or "")
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{where}: got {content!r}, needed a regular expression: {error}") from error
+    return content
 
 
 def mapping(content: Any, where: str) -> dict:

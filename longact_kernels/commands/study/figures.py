@@ -10,6 +10,7 @@ from longact_kernels.commands.study.config import DENSE, Study
 from longact_kernels.commands.study.estimates import estimate
 
 ACROSS = 3
+MARKS = "osD^vP"
 WIDTH = 8.0
 
 
@@ -19,16 +20,23 @@ def found_arms(study: Study, results: list[dict]) -> dict[str, list[dict]]:
     return {name: found for name, found in arms.items() if found}
 
 
+def draw(study: Study, results: list[dict]) -> list[tuple[str, Figure]]:
+    """All there is to draw, by name."""
+    drawn = [("scores", scores(study, results)), ("curves", curves(study, results))]
+    if len({arm.base.pairs for arm in study.arms.values()}) > 1:
+        drawn.append(("lengths", lengths(study, results)))
+    return drawn
+
+
 def scores(study: Study, results: list[dict]) -> Figure:
     """By arm the final scores, and their differences from dense over the same seeds, with 95% confidence intervals."""
     arms = found_arms(study, results)
     figure = Figure(figsize=(WIDTH, 1.6 + 0.34 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    dense = {one["seed"]: one["score"] for one in arms.get(DENSE, [])}
     for place, (name, found) in enumerate(arms.items()):
-        colour = "C3" if name == DENSE else "C0"
+        colour = "C3" if study.arms[name].method == DENSE else "C0"
         dots(left, place, [one["score"] for one in found], colour)
-        if differences := [one["score"] - dense[one["seed"]] for one in found if one["seed"] in dense]:
+        if differences := from_dense(study, arms, name):
             dots(right, place, differences, colour)
     if study.evaluate is None:
         before = estimate([one["before"] for one in results]).mean
@@ -51,6 +59,48 @@ def scores(study: Study, results: list[dict]) -> Figure:
     return figure
 
 
+def from_dense(study: Study, arms: dict[str, list[dict]], name: str) -> list[float]:
+    """An arm's final scores minus those of dense training with the same seeds."""
+    dense = {one["seed"]: one["score"] for one in arms.get(study.beside(study.arms[name], DENSE), [])}
+    return [one["score"] - dense[one["seed"]] for one in arms[name] if one["seed"] in dense]
+
+
+def lengths(study: Study, results: list[dict]) -> Figure:
+    """By length of the prompt each method's final score, and its difference from dense over the same seeds."""
+    arms = found_arms(study, results)
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    methods = list(dict.fromkeys(study.arms[name].method for name in arms))
+    for i, method in enumerate(methods):
+        own = [name for name in arms if study.arms[name].method == method]
+        style = {
+            "color": "C3" if method == DENSE else f"C{i + (i >= 3)}",
+            "marker": MARKS[i % len(MARKS)],
+            "capsize": 4,
+        }
+        # Beside one another where they would hide each other.
+        places = [study.arms[name].base.prompt_tokens * 1.04 ** (i - len(methods) / 2) for name in own]
+        for axes, values in (
+            (left, [[one["score"] for one in arms[name]] for name in own]),
+            (right, [from_dense(study, arms, name) for name in own]),
+        ):
+            found = [(place, estimate(one)) for place, one in zip(places, values, strict=True) if one]
+            if found and (axes is left or method != DENSE):
+                x, middles = zip(*found, strict=True)
+                widths = np.nan_to_num([one.half_width for one in middles])
+                axes.errorbar(x, [one.mean for one in middles], yerr=widths, label=method, lw=1.6, ms=5, **style)
+    right.axhline(0, color="C3", ls=":", lw=1)
+    ticks = sorted({arm.base.prompt_tokens for arm in study.arms.values()})
+    for axes, title in ((left, f"score after {study.options['max_steps']} steps"), (right, "difference from dense")):
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.set_ylabel(title)
+    left.legend(fontsize=9)
+    figure.supxlabel("tokens of a prompt (bars: 95% confidence intervals over seeds)", fontsize=10)
+    return figure
+
+
 def dots(axes, place: int, values: list[float], colour: str) -> None:
     """Values on a line, and their mean with its 95% confidence interval."""
     spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
@@ -64,7 +114,7 @@ def dots(axes, place: int, values: list[float], colour: str) -> None:
 def curves(study: Study, results: list[dict]) -> Figure:
     """Held-out accuracy gained by step, a panel an arm, beside it dense with the same seeds; 95% confidence bands."""
     arms = found_arms(study, results)
-    shown = {name: found for name, found in arms.items() if name != DENSE} or arms
+    shown = {name: found for name, found in arms.items() if study.arms[name].method != DENSE} or arms
     down = -(-len(shown) // ACROSS)
     figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * down), layout="constrained")
     panels = figure.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
@@ -72,7 +122,8 @@ def curves(study: Study, results: list[dict]) -> Figure:
         seeds = {one["seed"] for one in found}
         line(axes, found, "C0", "-")
         # Above, where it is dotted: an arm that is as dense training is shows through.
-        line(axes, [one for one in arms.get(DENSE, []) if one["seed"] in seeds], "C3", ":")
+        dense = arms.get(study.beside(study.arms[name], DENSE), [])
+        line(axes, [one for one in dense if one["seed"] in seeds], "C3", ":")
         axes.set_title(f"{name}, {len(seeds)} seeds", fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelbottom=True)

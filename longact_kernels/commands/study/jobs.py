@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
+from trl import ModelConfig, get_peft_config
 
 from longact_kernels.commands.console import INTERRUPTED
 from longact_kernels.commands.files import read_json, read_metrics, write_json, write_whole
 from longact_kernels.commands.study.config import Arm, Study
-from longact_kernels.commands.study.recall import make_base
+from longact_kernels.commands.study.recall import Recall, make_base
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.run import Run
 from longact_kernels.sparse.projections import find_projections
@@ -38,8 +40,8 @@ class StudyFolder:
 
     path: Path
 
-    def base(self, seed: int) -> Path:
-        return self.path / "base" / f"seed-{seed}"
+    def base(self, recall: Recall, seed: int) -> Path:
+        return self.path / "base" / f"{recall.pairs}-pairs-seed-{seed}"
 
     def run(self, name: str) -> Path:
         return self.path / "runs" / name
@@ -58,17 +60,17 @@ class StudyFolder:
 class Pretraining:
     """Makes the model and the prompts of a seed."""
 
-    study: Study
+    base: Recall
     folder: StudyFolder
     seed: int
 
     @property
     def name(self) -> str:
-        return f"base-{self.seed}"
+        return f"base-{self.base.pairs}-{self.seed}"
 
     @property
     def is_done(self) -> bool:
-        return self.folder.base(self.seed).is_dir()
+        return self.folder.base(self.base, self.seed).is_dir()
 
     def check(self) -> None:
         """Nothing to check: the study's file has been."""
@@ -81,7 +83,7 @@ class Pretraining:
         return 1
 
     def __call__(self) -> int:
-        make_base(self.folder.base(self.seed), self.study.base, self.seed)
+        make_base(self.folder.base(self.base, self.seed), self.base, self.seed)
         return 0
 
 
@@ -91,12 +93,16 @@ class Training:
 
     study: Study
     folder: StudyFolder
-    arm: Arm
+    arm_name: str
     seed: int
 
     @property
+    def arm(self) -> Arm:
+        return self.study.arms[self.arm_name]
+
+    @property
     def name(self) -> str:
-        return f"{self.arm.name}-{self.seed}"
+        return f"{self.arm_name}-{self.seed}"
 
     @property
     def is_done(self) -> bool:
@@ -115,13 +121,17 @@ class Training:
         """Those of `longact train`, as the run's YAML file says them."""
         options = {**self.study.options, **self.arm.options}
         if self.study.setting == "recall":
-            base = self.folder.base(self.seed)
+            base = self.folder.base(self.arm.base, self.seed)
             options |= {
                 "model": str(base / "model"),
                 "dataset": str(base / "data.jsonl"),
-                "max_completion_length": self.study.base.value_tokens,
+                "max_completion_length": self.arm.base.value_tokens,
             }
         return options | {"seed": self.seed, "output_dir": str(self.folder.run(self.name))}
+
+    def beyond(self) -> dict[str, Any]:
+        """What makes the run that is no option of `longact train`."""
+        return {"frozen": [one for one in (self.study.frozen, self.arm.frozen) if one], "lora": self.arm.lora}
 
     def check(self) -> None:
         """Reads the options as `longact train` does, and the result that is there.
@@ -130,7 +140,7 @@ class Training:
             ValueError: they are wrong, or the result is of another study.
         """
         held = read_json(self.folder.result(self.name))
-        if held and (held["options"], held["frozen"]) != (self.options(), self.arm.frozen):
+        if held and (held["options"], held["beyond"]) != (self.options(), self.beyond()):
             raise ValueError(
                 f"output: {self.folder.path} has a run {self.name} with other options; name another --output, or "
                 f"delete {self.folder.result(self.name)}"
@@ -165,12 +175,12 @@ class Training:
 
     def train(self, run: Run) -> dict | None:
         """Trains; returns what was seen, or None if it was stopped."""
-        projections = find_projections(run.model) if run.longact is None else []
-        layers = [*run.longact.layers.values()] if run.longact else [one.module for one in projections]
-        weights = [layer.get_parameter("weight") for layer in layers]
+        weights = self.weights(run)
         before = [weight.detach().clone() for weight in weights]
-        for weight in weights:
-            weight.requires_grad_(not self.arm.frozen)
+        for name, parameter in run.model.named_parameters():
+            if any(re.search(frozen, name) for frozen in self.beyond()["frozen"]):
+                parameter.requires_grad_(False)
+        adapter = self.adapter(run)
         curve = Curve(run, self.study.curve_every)
         if self.study.curve_every:
             run.trainer.add_callback(curve)
@@ -179,15 +189,19 @@ class Training:
         if run.interrupt.asked:
             return None
         last = run.evaluate("after")
+        trained = count_trained(run)
+        if adapter is not None:
+            adapter.merge_and_unload()
         run.finish(first, last)
         metrics = read_metrics(run.folder.metrics)
         summary = read_json(run.folder.path / "summary.json")
         state = summary["salient_state_bytes"] or {}
         return {
-            "arm": self.arm.name,
+            "arm": self.arm_name,
             "seed": self.seed,
             "options": self.options(),
-            "frozen": self.arm.frozen,
+            "beyond": self.beyond(),
+            "learning_rate": run.training.learning_rate,
             "before": first.accuracy,
             "after": last.accuracy,
             "score": last.accuracy,
@@ -195,12 +209,28 @@ class Training:
             "rewards": [record["reward"] for record in metrics],
             "reward": summary["reward"]["last"],
             "churn": summary["churn"],
+            "trained": trained,
             "moved": moved(before, weights),
-            "state": 0.0 if self.arm.frozen else state["longact"] / state["dense_adamw"] if state else 1.0,
+            "state": state["longact"] / state["dense_adamw"] if state else None,
             "seconds_per_step": summary["seconds_per_step"],
             "threads": torch.get_num_threads(),
             "versions": summary["versions"],
         }
+
+    def weights(self, run: Run) -> list[Tensor]:
+        """Those that the study is about: of the layers that LongAct trains sparsely, or would by the shared options."""
+        if run.longact is not None:
+            return [layer.get_parameter("weight") for layer in run.longact.layers.values()]
+        found = find_projections(run.model, self.study.options.get("target_modules"))
+        return [projection.module.get_parameter("weight") for projection in found]
+
+    def adapter(self, run: Run) -> Any:
+        """The LoRA adapters of an arm that has some, put into the run's model, all else of which is frozen."""
+        if not self.arm.lora:
+            return None
+        from peft import get_peft_model
+
+        return get_peft_model(run.model, get_peft_config(ModelConfig(use_peft=True, **self.arm.lora)))
 
     def evaluate(self, folder: Path) -> dict:
         """Scores of `longact eval`, by task, and their mean as the final score."""
@@ -233,6 +263,18 @@ class Curve(TrainerCallback):
         return [list(point) for point in {one["step"]: one["accuracy"] for one in read_metrics(self.path)}.items()]
 
 
+def count_trained(run: Run) -> int:
+    """How many weights a step trains: of sparse layers those of a set."""
+    layers = run.longact.layers.values() if run.longact is not None else ()
+    sizes = {id(one.get_parameter("weight")): (one.salient.size, one.salient.dim) for one in layers}
+    count = 0
+    for p in run.model.parameters():
+        if p.requires_grad:
+            size, dim = sizes.get(id(p), (p.shape[0], 0))
+            count += p.numel() // p.shape[dim] * size
+    return count
+
+
 def moved(before: list[Tensor], after: Iterable[Tensor]) -> float:
     """The share of the weights that differ."""
     changed = sum(int((one != other).sum()) for one, other in zip(before, after, strict=True))
@@ -241,11 +283,14 @@ def moved(before: list[Tensor], after: Iterable[Tensor]) -> float:
 
 def jobs_of(study: Study, folder: StudyFolder) -> tuple[list[Pretraining], list[Training]]:
     """What there is to do, done or not: seed by seed, so that arms can be compared early."""
-    bases = [Pretraining(study, folder, seed) for seed in study.seeds] if study.setting == "recall" else []
     runs = [
-        Training(study, folder, arm, seed) for seed in study.seeds for arm in study.arms.values() if seed in arm.seeds
+        Training(study, folder, name, seed)
+        for seed in study.seeds
+        for name, arm in study.arms.items()
+        if seed in arm.seeds
     ]
-    return bases, runs
+    made = dict.fromkeys((run.arm.base, run.seed) for run in runs) if study.setting == "recall" else {}
+    return [Pretraining(base, folder, seed) for base, seed in made], runs
 
 
 def end_with_the_study() -> None:

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL = ("<pad>", "<eos>", "?")
 PAD, EOS, ASK = range(3)
-KEYS = VALUES = 64
+VALUES = 64
 FIRST_KEY = len(SPECIAL)
-FIRST_VALUE = FIRST_KEY + KEYS
 FEWEST_PAIRS = 4
 CHECK_EVERY = 10
 CHECKED_ON = 512
@@ -31,7 +30,8 @@ class Recall:
     """The task, the model and its pretraining.
 
     Attributes:
-        pairs: in a prompt, up to 64.
+        pairs: in a prompt.
+        keys: that there are, at least as many as pairs.
         value_tokens: of a value.
         layers, hidden_size, heads, key_value_heads, head_dim: of the model, a Qwen3.
         stop_at: greedy accuracy on prompts of `pairs` at which pretraining ends.
@@ -43,6 +43,7 @@ class Recall:
     """
 
     pairs: int = 32
+    keys: int = 64
     value_tokens: int = 2
     layers: int = 2
     hidden_size: int = 64
@@ -59,10 +60,17 @@ class Recall:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"base: got {name} {value}, needed more than 0")
-        if not FEWEST_PAIRS <= self.pairs <= KEYS:
-            raise ValueError(f"base: got pairs {self.pairs}, needed {FEWEST_PAIRS} to {KEYS}")
+        if not FEWEST_PAIRS <= self.pairs <= self.keys:
+            raise ValueError(
+                f"base: got pairs {self.pairs}, needed {FEWEST_PAIRS} to {self.keys}, the number of keys; for longer "
+                "prompts raise keys"
+            )
         if self.stop_at >= 1:
             raise ValueError(f"base: got stop_at {self.stop_at}, needed an accuracy below 1")
+
+    @property
+    def first_value(self) -> int:
+        return FIRST_KEY + self.keys
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,7 +85,7 @@ def make_base(folder: Path, recall: Recall, seed: int) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model, log = pretrain(recall, seed)
-    words = tokenizer()
+    words = tokenizer(recall)
     model.save_pretrained(unfinished / "model")
     words.save_pretrained(unfinished / "model")
     (unfinished / "pretraining.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
@@ -88,9 +96,9 @@ def make_base(folder: Path, recall: Recall, seed: int) -> None:
     unfinished.rename(folder)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(recall: Recall) -> PreTrainedTokenizerFast:
     """One token a word."""
-    words = [*SPECIAL, *(f"k{i:02}" for i in range(KEYS)), *(f"v{i:02}" for i in range(VALUES))]
+    words = [*SPECIAL, *(f"k{i:02}" for i in range(recall.keys)), *(f"v{i:02}" for i in range(VALUES))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pad, eos, _ = SPECIAL
@@ -99,14 +107,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def small_qwen3(recall: Recall, seed: int) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=FIRST_VALUE + VALUES,
+        vocab_size=recall.first_value + VALUES,
         hidden_size=recall.hidden_size,
         intermediate_size=2 * recall.hidden_size,
         num_hidden_layers=recall.layers,
         num_attention_heads=recall.heads,
         num_key_value_heads=recall.key_value_heads,
         head_dim=recall.head_dim,
-        max_position_embeddings=1024,
+        max_position_embeddings=max(1024, recall.prompt_tokens + recall.value_tokens),
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -124,8 +132,9 @@ def generator_of(seed: int, purpose: int) -> torch.Generator:
 
 def sequences(recall: Recall, rows: int, pairs: int, asked: int, generator: torch.Generator) -> Tensor:
     """Pairs with distinct keys, then some of them `asked` for, each with its answer; int64 [rows, tokens]."""
-    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs, None] + FIRST_KEY
-    values = torch.randint(FIRST_VALUE, FIRST_VALUE + VALUES, (rows, pairs, recall.value_tokens), generator=generator)
+    keys = torch.rand(rows, recall.keys, generator=generator).argsort(1)[:, :pairs, None] + FIRST_KEY
+    first = recall.first_value
+    values = torch.randint(first, first + VALUES, (rows, pairs, recall.value_tokens), generator=generator)
     known = torch.cat([keys, values], 2)
     which = torch.rand(rows, pairs, generator=generator).argsort(1)[:, :asked, None]
     questions = F.pad(known.take_along_dim(which, 1), (1, 0), value=ASK)
@@ -161,7 +170,7 @@ def pretrain(recall: Recall, seed: int) -> tuple[Qwen3ForCausalLM, list[dict]]:
         optimizer.zero_grad()
         known = 0.9 * known + 0.1 * (logits.argmax(-1) == ids[:, answers]).float().mean().item()
         if known > 0.85 and most < recall.pairs:
-            most, known = min(most + 4, recall.pairs), 0.5
+            most, known = min(most + max(4, recall.pairs // 16), recall.pairs), 0.5
         if step % CHECK_EVERY == 0:
             log.append({"step": step, "pairs": most, "accuracy": accuracy(model, checked, recall.value_tokens)})
             if log[-1]["accuracy"] >= recall.stop_at:

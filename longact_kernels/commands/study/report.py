@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,17 +16,21 @@ from longact_kernels.commands.files import write_json, write_whole
 from longact_kernels.commands.page import both_styles, document, pairs, picture, table
 from longact_kernels.commands.study.config import DENSE, Study
 from longact_kernels.commands.study.estimates import Comparison, Estimate, compare, estimate
-from longact_kernels.commands.study.figures import curves, scores
+from longact_kernels.commands.study.figures import draw
 
-COLUMNS = ["arm", "seed", "before", "after", "score", "reward", "churn", "moved", "state", "seconds_per_step"]
+COLUMNS = ["arm", "seed", "learning_rate", "before", "after", "score", "reward", "churn", "trained", "moved", "state"]
+COLUMNS += ["seconds_per_step"]
 MEANINGS = {
     "score": "final score: mean over seeds ± half of the 95% confidence interval",
     "gain": "the same of score minus held-out accuracy before training",
     "minus": "mean difference over the same seeds ± half of its 95% confidence interval; p of the paired t-test, and "
     "of the exact sign-flip test (never below 2 / 2ⁿ with n seeds); not corrected for the number of comparisons",
     "churn": "1 - Jaccard overlap of a salient set with the one before, mean over layers and steps",
-    "moved": "share of the query and key weights that differ from those before training",
-    "state": "bytes of optimizer state of the query and key weights, as a share of dense AdamW's",
+    "rate": "learning rate",
+    "trained": "weights that a step trains, of the whole model",
+    "moved": "share of the weights that differ from those before training: of the layers that the arm trains sparsely, "
+    "and otherwise of those that the study's options name",
+    "state": "bytes of optimizer state of the layers trained sparsely, as a share of dense AdamW's",
     "s/step": "median time of a training step, on one of the processes side by side",
 }
 
@@ -38,34 +43,40 @@ class Row:
     score: Estimate
     gain: Estimate
     against: dict[str, Comparison | None]
+    learning_rate: float
     churn: float | None
+    trained: float
     moved: float
-    state: float
+    state: float | None
     seconds_per_step: float
 
 
 def rows_of(study: Study, results: list[dict]) -> list[Row]:
     """One row an arm with results, in the order of the study."""
     by_arm = {name: {one["seed"]: one for one in results if one["arm"] == name} for name in study.arms}
-    others = list(dict.fromkeys((DENSE, study.reference)))
+    methods = list(dict.fromkeys((DENSE, study.reference)))
     rows = []
     for name, found in by_arm.items():
         if not found:
             continue
-        churn = [one["churn"] for one in found.values() if one["churn"] is not None]
+        beside = {method: study.beside(study.arms[name], method) for method in methods}
         rows.append(
             Row(
                 name,
                 estimate([one["score"] for one in found.values()]),
                 estimate([one["after"] - one["before"] for one in found.values()]),
-                {other: None if other == name else against(found, by_arm[other]) for other in others},
-                mean(churn) if churn else None,
-                mean(one["moved"] for one in found.values()),
-                mean(one["state"] for one in found.values()),
-                mean(one["seconds_per_step"] for one in found.values()),
+                {method: None if one == name else against(found, by_arm[one]) for method, one in beside.items()},
+                *(mean_of(found, key) for key in ("learning_rate", "churn", "trained", "moved", "state")),
+                mean_of(found, "seconds_per_step"),
             )
         )
     return rows
+
+
+def mean_of(found: dict[int, dict], key: str) -> Any:
+    """The mean over the runs that have a value; None where none has."""
+    values = [one[key] for one in found.values() if one[key] is not None]
+    return mean(values) if values else None
 
 
 def against(found: dict[int, dict], others: dict[int, dict]) -> Comparison | None:
@@ -76,12 +87,12 @@ def against(found: dict[int, dict], others: dict[int, dict]) -> Comparison | Non
 
 
 def write_results(study: Study, folder: Path, results: list[dict], console: Console) -> None:
-    """Writes `runs.csv`, `study.json`, `tables.md`, `scores.png`, `curves.png`, `report.html`; shows the tables."""
+    """Writes `runs.csv`, `study.json`, `tables.md`, pictures, `report.html`; shows the tables."""
     rows = rows_of(study, results)
     write_csv(folder / "runs.csv", results)
     about = versions(results)
     write_json(folder / "study.json", {"arms": [as_dict(row) for row in rows], "versions": about})
-    images = both_styles(lambda: [("scores", scores(study, results)), ("curves", curves(study, results))])
+    images = both_styles(lambda: draw(study, results))
     for name, (light, _) in images.items():
         (folder / f"{name}.png").write_bytes(light)
     write_whole(folder / "report.html", page(study, rows, images, about))
@@ -90,7 +101,7 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     )
     console.print(shown(f"{study.name}: means ± 95% confidence intervals", [outcomes(row) for row in rows]))
     console.print(shown("Differences over the same seeds", [comparisons(row) for row in rows]))
-    for name in ("runs.csv", "scores.png", "curves.png", "report.html"):
+    for name in ("runs.csv", *(f"{name}.png" for name in images), "report.html"):
         console.print(folder / name, soft_wrap=True, markup=False)
 
 
@@ -126,9 +137,11 @@ def outcomes(row: Row) -> dict[str, str]:
         "seeds": str(row.score.count),
         "score": interval(row.score),
         "gain": interval(row.gain, signed=True),
+        "rate": f"{row.learning_rate:g}",
         "churn": "-" if row.churn is None else f"{row.churn:.2f}",
+        "trained": f"{row.trained:.0f}",
         "moved": f"{row.moved:.2f}",
-        "state": f"{row.state:.2f}",
+        "state": "-" if row.state is None else f"{row.state:.2f}",
         "s/step": f"{row.seconds_per_step:.2f}",
     }
 
@@ -174,14 +187,19 @@ def page(study: Study, rows: list[Row], images: dict[str, tuple[bytes, bytes]], 
     titles = {
         "scores": "Final score by arm: runs, mean, 95% confidence interval",
         "curves": "Held-out accuracy gained while training: means, 95% confidence bands",
+        "lengths": "Differences from dense by length of the prompt: means, 95% confidence intervals",
     }
     figures = "".join(picture(name, titles[name], *both) for name, both in images.items())
     arms = {
-        name: ", ".join([f"{key} {value}" for key, value in arm.options.items()] + ["frozen"] * arm.frozen) or "-"
+        name: ", ".join(f"{key} {value}" for key, value in arm.differs.items()) or "-"
         for name, arm in study.arms.items()
     }
-    parts = {"base": vars(study.base) if study.setting == "recall" else {}, "evaluate": study.evaluate or {}}
-    options = study.options | {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
+    parts = {"evaluate": study.evaluate or {}, "base": {}}
+    if study.setting == "recall":
+        bases = [vars(arm.base) for arm in study.arms.values()]
+        parts["base"] = bases[0] | {"pairs": ", ".join(dict.fromkeys(str(base["pairs"]) for base in bases))}
+    options = study.options | ({"frozen": study.frozen} if study.frozen else {})
+    options |= {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
     return document(
         study.name,
         f"{sum(row.score.count for row in rows)} runs of {study.options['max_steps']} steps, setting {study.setting}",

@@ -19,6 +19,7 @@ from longact_kernels.commands.files import read_json
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.jobs import Pretraining, StudyFolder, Training, jobs_of, work
 from longact_kernels.commands.study.report import write_results
+from longact_kernels.commands.study.tuning import choose_rates, write_tuning
 
 POLL_SECONDS = 0.5
 
@@ -37,8 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
         study = read_study(Path(arguments.study))
         folder = StudyFolder(Path(arguments.output or f"runs/study-{study.name}"))
         bases, runs = jobs_of(study, folder)
+        tuning_bases, tuning = jobs_of(study.tuning(), folder)
         with console.status("checking the options of all arms"):
-            for job in runs:
+            for job in tuning or runs:
                 job.check()
     # Read by the libraries when a process of the study starts; those that pretrain and train share them.
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
@@ -48,19 +50,33 @@ def run(arguments: argparse.Namespace) -> int:
     # Its processes have to be told, whoever ends it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for title, jobs in (("pretraining", bases), ("runs", runs)):
+        for title, jobs in (("pretraining", [*tuning_bases, *bases]), ("tuning", tuning)):
             if not failed:
                 failed = run_all(title, jobs, arguments.jobs, threads, console)
+        if tuning and not failed:
+            rates = choose_rates(study, results_of(tuning))
+            runs = jobs_of(study := study.with_rates(rates), folder)[1]
+            with refusing():
+                for job in runs:
+                    job.check()
+        if not failed:
+            failed = run_all("runs", runs, arguments.jobs, threads, console)
     except KeyboardInterrupt:
         stopped = True
-    results = [read_json(run.folder.result(run.name)) for run in runs if run.is_done]
-    if results:
+    if tried := results_of(tuning):
+        write_tuning(study, folder.path, tried, console)
+    if results := results_of(runs):
         write_results(study, folder.path, results, console)
     for name in failed:
         console.print(f"{name} failed: {last_line(folder.log(name))} ({folder.log(name)})", markup=False)
     if stopped or failed:
         console.print(f"{len(results)} of {len(runs)} runs are finished. Run the same command again to continue.")
     return INTERRUPTED if stopped else FAILED if failed else 0
+
+
+def results_of(runs: Sequence[Training]) -> list[dict]:
+    """Those of the runs that are finished."""
+    return [read_json(run.folder.result(run.name)) for run in runs if run.is_done]
 
 
 def run_all(title: str, jobs: Sequence[Job], at_once: int, threads: int, console: Console) -> list[str]:
