@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,9 +26,18 @@ from longact_kernels.cli import main
 from longact_kernels.commands.files import read_metrics
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.estimates import compare, estimate
+from longact_kernels.commands.study.figures import draw
 from longact_kernels.commands.study.jobs import moved
-from longact_kernels.commands.study.recall import PRETRAINING, Recall, generator_of, make_base, sequences
+from longact_kernels.commands.study.recall import (
+    PRETRAINING,
+    Recall,
+    generator_of,
+    make_base,
+    sequences,
+    tokenizer,
+)
 from longact_kernels.commands.study.report import rows_of
+from longact_kernels.commands.study.tuning import choose_rates, line
 
 STUDIES = Path(__file__).parents[2] / "configs" / "study"
 BASE = dict(pairs=4, value_tokens=1, hidden_size=32, heads=2, key_value_heads=1, head_dim=8, stop_at=0.1, prompts=32)
@@ -47,6 +58,11 @@ STUDY = {
         "use_cpu": True,
     },
     "arms": {"dense": {}, "top": {"density": 0.25}},
+}
+TUNED = {
+    "options": {key: value for key, value in STUDY["options"].items() if key != "learning_rate"},
+    "learning_rates": [1e-3, 3e-3],
+    "tuning_seeds": [9],
 }
 
 # Hours of sleep that two drugs gave ten patients (Student, 1908): t = -4.0621 with 9 degrees of freedom.
@@ -125,6 +141,17 @@ def test_the_same_seed_makes_the_same_base(base):
     assert (base / "one" / "data.jsonl").read_text() == (base / "same" / "data.jsonl").read_text()
 
 
+def test_more_keys_are_a_larger_vocabulary_and_64_are_as_they_were():
+    ids = sequences(Recall(pairs=100, keys=100), 50, 100, 1, generator_of(1, PRETRAINING))
+    assert all(len(set(row[:-4:3])) == 100 for row in ids.tolist())
+    assert ids[:, :-4:3].max() < 103 <= ids[:, 1:-4:3].min() <= ids.max() < 167
+    words = tokenizer(Recall(pairs=100, keys=100))
+    assert words.decode([3, 102, 103, 166]) == "k00 k99 v00 v63"
+    # The first row before there were more, by its CRC.
+    old = sequences(Recall(), 4, 32, 3, generator_of(1, PRETRAINING))
+    assert zlib.crc32(old.numpy().tobytes()) == 3000443257
+
+
 def test_moved_counts_weights():
     before = [torch.zeros(2, 3), torch.ones(4)]
     after = [torch.tensor([[0.0, 1, 0], [0, 0, 0]]), torch.ones(4)]
@@ -140,10 +167,21 @@ def test_moved_counts_weights():
         ({"seed": 3}, "did you mean 'seeds'?"),
         ({"arms": {"top": {}}}, "needed an arm 'dense'"),
         ({"reference": "bottom"}, "needed an arm 'bottom'"),
-        ({"arms": {"dense": {}, "top": {"learning_rate": 1e-2}}}, "arms share data, compute and learning rate"),
+        ({"arms": {"dense": {}, "top": {"learning_rate": 1e-2}}}, "learning_rates chooses a rate for each"),
         ({"arms": {"dense": {}, "top": {"strategi": "top"}}}, "did you mean 'strategy'?"),
         ({"arms": {"dense": {}, "a/b": {}}}, "got the name 'a/b'"),
         ({"base": {"pairs": 3}}, "got pairs 3, needed 4 to 64"),
+        ({"base": {"pairs": [4, 65]}}, "got pairs 65, needed 4 to 64, the number of keys"),
+        ({"frozen": "["}, "frozen: got '[', needed a regular expression"),
+        ({"arms": {"dense": {}, "top": {"frozen": True}}}, "arms: top: frozen: got True"),
+        ({"arms": {"dense": {}, "top": {"lora_r": 2, "longact": True}}}, "arms: top: got longact and lora_r"),
+        ({"arms": {"dense": {}, "top": {"lora_rank": 2}}}, "did you mean 'lora_"),
+        ({"learning_rates": [1e-3], "tuning_seeds": [9]}, "learning_rates: got [0.001], needed a list of two"),
+        ({"learning_rates": ["1e-3", "1e-2"], "tuning_seeds": [9]}, "YAML takes 1e-3 for a text"),
+        ({"tuning_seeds": [9]}, "learning_rates: got None"),
+        ({"learning_rates": [1e-3, 1e-2], "tuning_seeds": [9]}, "options: got learning_rate beside learning_rates"),
+        (TUNED | {"tuning_seeds": [2]}, "tuning_seeds: got 2, a seed that the arms are compared on"),
+        (TUNED | {"tuning_seeds": None}, "tuning_seeds: got None"),
         ({"options": {"learning_rate": 1e-3}}, "got max_steps None"),
         ({"options": {"max_steps": 2, "seed": 4}}, "the study itself sets seed"),
         ({"options": {"max_steps": 2, "task": "vt"}}, "setting recall sets task itself"),
@@ -165,14 +203,15 @@ def test_a_study_that_is_not_there(refused):
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_that_come_along(path):
     study = read_study(path)
-    assert {"dense", "top", "random"} <= study.arms.keys()
-    assert len(study.arms["dense"].seeds) >= 3
+    assert "dense" in {arm.method for arm in study.arms.values()}
+    assert all(len(arm.seeds) >= 3 for arm in study.arms.values())
+    assert len(study.tuning().arms) == len(study.arms) * len(study.learning_rates)
 
 
 def test_rows_compare_the_seeds_that_arms_share(tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"seeds": 4, "arms": {"dense": {}, "top": {}}}))
     scores = {"dense": [0.5, 0.6, 0.8], "top": [0.1, 0.3, 0.2, 0.9]}
-    common = {"before": 0.25, "moved": 0.5, "state": 1.0, "seconds_per_step": 1.0}
+    common = {"before": 0.25, "learning_rate": 1e-3, "trained": 9, "moved": 0.5, "state": None, "seconds_per_step": 1.0}
     results = [
         common | {"arm": arm, "seed": seed, "score": score, "after": score + 0.1, "churn": churn}
         for arm, churn in (("top", 0.5), ("dense", None))
@@ -189,6 +228,98 @@ def test_rows_compare_the_seeds_that_arms_share(tmp_path):
         assert found.difference.count == 3
         assert found.difference.mean == pytest.approx(sign * 1.3 / 3)
         assert found.p_t == pytest.approx(wanted.pvalue)
+
+
+def test_each_arm_gets_its_best_rate(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | TUNED | {"learning_rates": [4e-3, 1e-3, 2e-3]}))
+    study = read_study(tmp_path / "study.yaml")
+    after = {
+        "dense": {1e-3: [0.2, 0.4], 2e-3: [0.5, 0.3], 4e-3: [0.3, 0.3]},
+        "top": {1e-3: [0.1], 2e-3: [0.5], 4e-3: [0.5]},
+    }
+    results = [
+        {"arm": f"{name}-lr{rate:g}", "after": value}
+        for name, rates in after.items()
+        for rate, values in rates.items()
+        for value in values
+    ]
+    assert choose_rates(study, results) == {"dense": 2e-3, "top": 2e-3}
+    assert study.tuning().arms.keys() == {one["arm"] for one in results}
+    assert study.tuning().seeds == [9]
+    rated = study.with_rates({"dense": 1e-3, "top": 4e-3})
+    assert [arm.options["learning_rate"] for arm in rated.arms.values()] == [1e-3, 4e-3]
+    assert line(study, "dense", {1e-3: 0.3, 2e-3: 0.4})["remark"] == "-"
+    assert line(study, "top", {1e-3: 0.1, 2e-3: 0.5, 4e-3: 0.5})["remark"] == "tie with 0.004"
+    last = line(study, "top", {1e-3: 0.1, 4e-3: 0.5})
+    assert (last["best"], last["remark"], last["0.002"]) == ("0.004", "edge of the list", "-")
+
+
+def test_several_lengths_are_arms_compared_at_the_same_length(tmp_path):
+    content = STUDY | {"base": BASE | {"pairs": [4, 80], "keys": 90}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    study = read_study(tmp_path / "study.yaml")
+    assert list(study.arms) == ["dense-4", "dense-80", "top-4", "top-80"]
+    assert [arm.base.pairs for arm in study.arms.values()] == [4, 80, 4, 80]
+    scores = {"dense-4": 0.1, "dense-80": 0.2, "top-4": 0.4, "top-80": 0.7}
+    rest = {"before": 0, "churn": None, "learning_rate": 1, "trained": 1, "moved": 1, "state": None}
+    results = [
+        {"arm": arm, "seed": seed, "score": score + seed, "after": 0, "seconds_per_step": 1, "curve": [[0, 0]], **rest}
+        for arm, score in scores.items()
+        for seed in (1, 2)
+    ]
+    rows = {row.arm: row for row in rows_of(study, results)}
+    assert rows["top-4"].against["dense"].difference.mean == pytest.approx(0.3)
+    assert rows["top-80"].against["dense"].difference.mean == pytest.approx(0.5)
+    right = dict(draw(study, results))["lengths"].axes[1]
+    (drawn,) = right.containers
+    assert drawn[0].get_ydata() == pytest.approx([0.3, 0.5])
+
+
+@pytest.mark.slow
+def test_a_study_of_rates_lengths_and_adapters(tmp_path):
+    """What trains is what was said, in every arm; a second start runs nothing again; the rates are those chosen."""
+    content = STUDY | TUNED | {"seeds": 1, "frozen": "embed|norm|lm_head", "base": BASE | {"pairs": [4, 5]}}
+    content["options"] = content["options"] | {"target_modules": "all-linear"}
+    content["arms"] = {
+        "dense": {},
+        "once": {"strategy": "random", "freeze_after": 1, "density": 0.25},
+        "qk": {"target_modules": None, "density": 0.25},
+        "lora": {"lora_r": 2, "lora_target_modules": "all-linear"},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "out"
+    command = ["study", str(tmp_path / "study.yaml"), "--output", str(out)]
+    assert main(command) == 0
+    results = {path.stem: json.loads(path.read_text()) for path in out.glob("results/*.json")}
+    # Two layers of q, o [16, 32], [32, 16]; k, v [8, 32]; gate, up [64, 32] and down [32, 64].
+    linear = {"q": (16, 32), "k": (8, 32), "v": (8, 32), "o": (32, 16), "gate": (64, 32), "up": (64, 32)}
+    shapes = [*linear.values(), (32, 64)]
+    every = 2 * sum(n * k for n, k in shapes)
+    trained = {"dense": every, "once": every // 4, "lora": 2 * sum(2 * (n + k) for n, k in shapes)}
+    trained["qk"] = every - 2 * 3 * (16 + 8) * 32 // 4
+    for pairs in (4, 5):
+        for name, count in trained.items():
+            assert results[f"{name}-{pairs}-1"]["trained"] == count, name
+        assert results[f"dense-{pairs}-1"]["moved"] == 1.0
+        assert results[f"once-{pairs}-1"]["moved"] == 0.25
+    kept = load_file(out / "base" / "4-pairs-seed-1" / "model" / "model.safetensors")
+    for name in trained:
+        found = load_file(out / "runs" / f"{name}-4-1" / "model" / "model.safetensors")
+        assert found.keys() == kept.keys()
+        assert all(torch.equal(found[key], kept[key]) for key in kept if "proj" not in key)
+    tuned = {name: one for name, one in results.items() if "-lr" in name}
+    assert len(tuned) == 16 and len(results) == 24
+    with (out / "tuning.csv").open() as file:
+        assert {f"{row['arm']}-{row['seed']}" for row in csv.DictReader(file)} == tuned.keys()
+    for row in (out / "tuning.md").read_text().splitlines()[2:]:
+        name, low, high, best, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert float(best) == (3e-3 if float(high) > float(low) else 1e-3)
+        assert results[f"{name}-1"]["learning_rate"] == float(best)
+    for name in ("scores", "curves", "lengths"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    changed = {path: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
+    assert main(command) == 0
+    assert changed == {path: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
 
 
 def _take_sigint():
@@ -253,7 +384,7 @@ def test_what_a_study_finds(stopped):
 
 @pytest.mark.slow
 def test_a_killed_study_takes_its_runs_along(base, tmp_path):
-    shutil.copytree(base / "one", tmp_path / "out" / "base" / "seed-1")
+    shutil.copytree(base / "one", tmp_path / "out" / "base" / "4-pairs-seed-1")
     (tmp_path / "study.yaml").write_text(
         yaml.safe_dump(STUDY | {"seeds": 1, "curve_every": 0, "options": STUDY["options"] | {"max_steps": 40}})
     )
