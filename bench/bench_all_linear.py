@@ -76,7 +76,9 @@ def dense(masters):
     trained = [p for p in model.parameters() if p.requires_grad]
     return Training(
         model,
-        SalientAdamW(trained, **HYPER, fused=True) if masters else torch.optim.AdamW(trained, **HYPER, fused=True),
+        SalientAdamW(trained, **HYPER, longact=False, fused=True)
+        if masters
+        else torch.optim.AdamW(trained, **HYPER, fused=True),
     )
 
 
@@ -126,7 +128,7 @@ def fixed_rows(density):
             if name in NAMES:
                 setattr(module, name, FixedRows(child, density))
     rows = [p for p in model.parameters() if p.requires_grad]
-    return Training(model, SalientAdamW(rows, **HYPER, fused=True))
+    return Training(model, SalientAdamW(rows, **HYPER, longact=False, fused=True))
 
 
 def test_all_linear(race, benchmark):

@@ -56,7 +56,8 @@ def training_step(model, backward: Callable, options: dict | None) -> Step:
         if options is not None:
             kept["longact"] = LongAct(model, density=DENSITY, grad=options["grad"])
         state = "full" if options is None else options["state"]
-        kept["optimizer"] = SalientAdamW(model.parameters(), lr=1e-6, state=state, fused=True)
+        longact = kept.get("longact", False)
+        kept["optimizer"] = SalientAdamW(model.parameters(), lr=1e-6, longact=longact, state=state, fused=True)
         backward()
         kept["optimizer"].step()
         kept["optimizer"].zero_grad()

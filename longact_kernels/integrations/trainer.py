@@ -101,7 +101,7 @@ class LongActTrainerMixin:
                 "lr": self.args.learning_rate,
                 "betas": (self.args.adam_beta1, self.args.adam_beta2),
                 "eps": self.args.adam_epsilon,
-                "longact": self.longact,
+                "longact": self.longact or False,
                 "fused": self.args.optim == "adamw_torch_fused",
                 **self.optimizer_options,
             }

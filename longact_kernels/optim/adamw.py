@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class SalientAdamW(SalientOptimizer):
         params: parameters or parameter groups; the optimizer finds out by itself which of them are salient.
         lr: learning rate, a float or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
-        longact: the controller whose sets `step` refreshes; by default it is found by the parameters.
+        longact: the controller whose sets `step` refreshes; by default it is found by the parameters. False: none is
+            needed, and without one this is a dense AdamW.
         state: "full" keeps the moments of all rows; "compact" those of the current set only. At a refresh, rows that
             stay keep their moments, and rows that leave lose them.
         master_weights: keep an fp32 copy of 16-bit parameters (for salient weights, of the rows with moments) and
@@ -73,7 +74,7 @@ class SalientAdamW(SalientOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        longact: LongAct | None = None,
+        longact: LongAct | Literal[False] | None = None,
         state: State = "full",
         master_weights: bool = True,
         stochastic_rounding: bool = False,

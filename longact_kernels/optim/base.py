@@ -19,6 +19,7 @@ from longact_kernels.reference.channels import check_channels
 from longact_kernels.sparse import gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.registry import controllers as all_controllers
 from longact_kernels.sparse.registry import salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import LocalSets, assembled, bounds, is_sharded, local, spread, zeros_by_channel
@@ -52,14 +53,14 @@ class SalientOptimizer(Optimizer, ABC):
     moment_names: ClassVar[tuple[str, ...]]
     steps_salient_weights = True
     _step_supports_amp_scaling = True  # GradScaler hands over its scale, and what overflowed, as attributes
-    _options = ("compact", "master_weights", "stochastic_rounding", "moments")
+    _options = ("compact", "master_weights", "stochastic_rounding", "moments", "may_be_dense")
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         *,
-        longact: LongAct | None,
+        longact: LongAct | Literal[False] | None,
         state: State,
         master_weights: bool,
         stochastic_rounding: bool,
@@ -76,19 +77,21 @@ class SalientOptimizer(Optimizer, ABC):
             raise ValueError(
                 "stochastic_rounding: with masters nothing is lost to rounding; needed master_weights=False"
             )
-        if longact is not None and not isinstance(longact, LongAct):
+        if longact is not None and longact is not False and not isinstance(longact, LongAct):
             raise TypeError(
-                f"longact: got a {type(longact).__name__}, needed a LongAct, or None to find it by the parameters"
+                f"longact: got a {type(longact).__name__}, needed a LongAct, None to find it by the parameters, or "
+                "False to train densely"
             )
         self.compact = state == "compact"
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.moments = moments
+        self.may_be_dense = longact is False
         self._known: weakref.WeakSet[LongAct] = weakref.WeakSet()  # whose weights it has held
         self._forget()
         super().__init__(params, defaults)
         self._known.update(self._controllers(salient_weights()))
-        if longact is not None:
+        if isinstance(longact, LongAct):
             longact.check()
             longact.check_trains()
             if longact not in self._known:
@@ -123,6 +126,8 @@ class SalientOptimizer(Optimizer, ABC):
         salient = salient_weights()
         controllers = self._controllers(salient)
         self._known.update(controllers)
+        if not (self.may_be_dense or self._known):
+            self._check_beside()
         for longact in [longact for longact in self._known if longact.layers]:
             longact.begin_step(self)
         loss = None
@@ -155,6 +160,16 @@ class SalientOptimizer(Optimizer, ABC):
         for longact in controllers:
             longact.end_step(self, found_inf)
         return loss
+
+    def _check_beside(self) -> None:
+        """Raises RuntimeError if no parameter is of a model that LongAct is on: all would train densely."""
+        ids = {id(p) for p in params_of(self.param_groups)}
+        self.may_be_dense = any(id(p) in ids for longact in all_controllers() for p in longact.model.parameters())
+        if not self.may_be_dense:
+            raise RuntimeError(
+                f"{type(self).__name__}: there is no LongAct on the model of its parameters, and it would train all of "
+                "them densely; make LongAct(model) before the first step, or pass longact=False where that is meant"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any optimizer; clears compact gradients too."""

@@ -137,6 +137,15 @@ def test_what_does_not_go_with_longact_is_said_before_a_model_is_loaded(plugin, 
         plugin.LongActEngine(None, verl_standin.engine_config(**engine), config, None)
 
 
+def test_an_engine_without_the_plugin_stops_at_the_optimizer():
+    for options, message in (({}, "^SalientAdamW: there is no LongAct"), ({"longact": {}}, "^longact: got a dict")):
+        config = verl_standin.FSDPOptimizerConfig(**SALIENT, override_optimizer_config=options)
+        engine = verl_standin.FSDPEngineWithLMHead(tiny.model(), verl_standin.engine_config(), config, None)
+        with pytest.raises((RuntimeError, TypeError), match=message):
+            engine.initialize()
+            engine.train_batch(sequences(0), standin_loss)
+
+
 # With verl's own engine
 
 

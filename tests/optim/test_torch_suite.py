@@ -9,6 +9,7 @@ import itertools
 import pickle
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 INPUTS = INFO.optim_inputs_func(device="cpu")
 FORMS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}]
 UNSUPPORTED = ("amsgrad", "differentiable")
-OURS_AND_THEIRS = (SalientAdamW, torch.optim.AdamW)
+OURS = partial(SalientAdamW, longact=False)  # on purpose without one
+OURS_AND_THEIRS = (OURS, torch.optim.AdamW)
 
 
 def supported(kwargs: dict) -> bool:
@@ -183,12 +185,12 @@ def test_errors_are_torchs(error):
     if error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
         if issubclass(error.error_type, Warning):
             with pytest.warns(error.error_type, match=error.error_regex):
-                SalientAdamW(params, **given.kwargs)
+                OURS(params, **given.kwargs)
             return
         with pytest.raises(error.error_type):
-            SalientAdamW(params, **given.kwargs)
+            OURS(params, **given.kwargs)
     else:
-        optimizer = SalientAdamW(params, **given.kwargs)
+        optimizer = OURS(params, **given.kwargs)
         with pytest.raises(error.error_type, match=error.error_regex):
             optimizer.step()
 
@@ -237,7 +239,7 @@ def test_wrong_arguments_raise_what_torchs_adamw_raises(wrong):
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_it_does_not_have_is_named(name):
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=name):
-        SalientAdamW(parameters(), **{name: True})
+        OURS(parameters(), **{name: True})
 
 
 # States and files
@@ -248,7 +250,7 @@ def test_what_it_does_not_have_is_named(name):
 @pytest.mark.parametrize("how", ["state_dict", "file", "deepcopy", "pickle"])
 def test_copies_go_on_as_the_original(given, form, how):
     params = parameters()
-    optimizer = SalientAdamW(params, **{**given.kwargs, **form})
+    optimizer = OURS(params, **{**given.kwargs, **form})
     for step in range(3):
         gradients(params, step)
         optimizer.step()
@@ -257,7 +259,7 @@ def test_copies_go_on_as_the_original(given, form, how):
         others, other = copied((params, optimizer))
     else:
         others = [nn.Parameter(p.detach().clone()) for p in params]
-        other = SalientAdamW(others, **{**given.kwargs, **form})
+        other = OURS(others, **{**given.kwargs, **form})
         saved = copy.deepcopy(optimizer.state_dict())
         if how == "file":
             file = io.BytesIO()
@@ -281,7 +283,7 @@ def test_checkpoints_go_both_ways(given, form):
     kwargs = {**given.kwargs, **form}
     params, plain = parameters(), parameters()
     reference = torch.optim.AdamW(plain, **kwargs)
-    kinds = itertools.cycle([torch.optim.AdamW, SalientAdamW])
+    kinds = itertools.cycle([torch.optim.AdamW, OURS])
     optimizer = next(kinds)(params, **kwargs)
     for step in range(8):
         if step in (2, 4, 6):
@@ -298,7 +300,7 @@ def test_checkpoints_go_both_ways(given, form):
 def test_state_dicts_of_older_versions(given):
     """Without the options that came later."""
     params = parameters()
-    optimizer = SalientAdamW(params, **given.kwargs)
+    optimizer = OURS(params, **given.kwargs)
     gradients(params, 0)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -306,7 +308,7 @@ def test_state_dicts_of_older_versions(given):
         for name in ("foreach", "fused", "capturable", "maximize"):
             group.pop(name, None)
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = SalientAdamW(others, **given.kwargs)
+    other = OURS(others, **given.kwargs)
     other.load_state_dict(saved)
     gradients(others, 1)
     other.step()
@@ -314,7 +316,7 @@ def test_state_dicts_of_older_versions(given):
 
 def test_state_dict_hooks():
     params = parameters()
-    optimizer = SalientAdamW(params)
+    optimizer = OURS(params)
     seen = []
     optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "more": 1})
@@ -328,7 +330,7 @@ def test_state_dict_hooks():
 
 def test_step_hooks_and_the_profilers_name():
     params = parameters()
-    optimizer = SalientAdamW(params)
+    optimizer = OURS(params)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("own before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("own after"))
@@ -348,17 +350,17 @@ def test_step_hooks_and_the_profilers_name():
 
 def test_named_parameters():
     model = nn.Linear(3, 2)
-    optimizer = SalientAdamW(model.named_parameters())
+    optimizer = OURS(model.named_parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
-    other = SalientAdamW(model.named_parameters())
+    other = OURS(model.named_parameters())
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_what_it_says_of_itself():
-    text = repr(SalientAdamW(parameters()))
+    text = repr(OURS(parameters()))
     assert text.startswith("SalientAdamW (") and "weight_decay: 0.01" in text
 
 
@@ -418,15 +420,15 @@ def test_schedulers(name, tensor):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduled_run_resumes(name):
     whole = parameters()
-    optimizer = SalientAdamW(whole, lr=0.1)
+    optimizer = OURS(whole, lr=0.1)
     expected = scheduled(whole, optimizer, SCHEDULERS[name](optimizer), range(6))
     first = parameters()
-    optimizer = SalientAdamW(first, lr=0.1)
+    optimizer = OURS(first, lr=0.1)
     scheduler = SCHEDULERS[name](optimizer)
     rates = scheduled(first, optimizer, scheduler, range(3))
     saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
     params = [nn.Parameter(p.detach().clone()) for p in first]
-    optimizer = SalientAdamW(params, lr=0.1)
+    optimizer = OURS(params, lr=0.1)
     scheduler = SCHEDULERS[name](optimizer)
     optimizer.load_state_dict(saved[0])
     scheduler.load_state_dict(saved[1])

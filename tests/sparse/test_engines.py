@@ -142,6 +142,43 @@ def test_an_optimizer_whose_parameters_are_replaced_by_flat_copies_says_so(own):
         optimizer.step()
 
 
+@pytest.mark.parametrize("where", ["nowhere", "on another model", "restored", "freed"])
+def test_salient_adamw_alone_is_no_dense_adamw_in_silence(where):
+    model, other = tiny_model(), tiny_model()
+    longact = {"nowhere": lambda: None, "on another model": lambda: LongAct(other)}.get(where, lambda: LongAct(model))()
+    if where in ("restored", "freed"):
+        longact.restore()
+    if where == "freed":
+        del longact
+    optimizer = SalientAdamW(model.parameters())
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^SalientAdamW: there is no LongAct .*LongAct\(model\).*longact=False"):
+            optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_salient_adamw_may_be_dense_beside_queries_and_keys_and_on_purpose():
+    model, plain = tiny_model(), tiny_model()
+    longact = LongAct(model)
+    salient = [layer.weight for layer in longact.layers.values()]
+    rest = [p for p in model.parameters() if not any(p is weight for weight in salient)]
+    optimizers = [SalientAdamW(salient), SalientAdamW(rest), SalientAdamW(plain.parameters(), longact=False)]
+    reference = torch.optim.AdamW([p.detach().clone() for p in plain.parameters()])
+    for _ in range(2):
+        for net in (model, plain):
+            backward(net, tokens())
+        for p, own in zip(reference.param_groups[0]["params"], plain.parameters(), strict=True):
+            p.grad = own.grad.clone()
+        for optimizer in (*optimizers, reference):
+            optimizer.step()
+    assert longact.steps == 2
+    for p, own in zip(reference.param_groups[0]["params"], plain.parameters(), strict=True):
+        assert torch.equal(p, own)
+
+
 def _joined(rank: int) -> list[str]:
     said = []
     for options in ({}, {"throw_on_early_termination": True}):

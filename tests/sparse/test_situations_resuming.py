@@ -366,7 +366,7 @@ def test_dense_parameters_of_any_layout_train_as_with_adamw(layout, moments, sam
     start = LAYOUTS[layout]()
     ours, theirs = (nn.Parameter(torch.empty_strided(start.shape, start.stride()).copy_(start)) for _ in range(2))
     optimizers = [
-        SalientAdamW([ours], **HYPER, moments=moments),
+        SalientAdamW([ours], **HYPER, longact=False, moments=moments),
         torch.optim.AdamW([theirs], **HYPER),
     ]
     for _ in range(5):
@@ -390,7 +390,7 @@ def test_16_bit_parameters_of_any_layout_train_as_their_fp32_copies(layout):
     start = LAYOUTS[layout]().bfloat16()
     ours = nn.Parameter(torch.empty_strided(start.shape, start.stride(), dtype=torch.bfloat16).copy_(start))
     theirs = nn.Parameter(start.float().clone())
-    optimizers = [SalientAdamW([ours], **HYPER), torch.optim.AdamW([theirs], **HYPER)]
+    optimizers = [SalientAdamW([ours], **HYPER, longact=False), torch.optim.AdamW([theirs], **HYPER)]
     for _ in range(5):
         grad = torch.randn(start.shape).bfloat16()
         ours.grad, theirs.grad = grad.clone(), grad.float()
