@@ -164,8 +164,11 @@ class SalientOptimizer(Optimizer, ABC):
     def _check_beside(self) -> None:
         """Raises RuntimeError if no parameter is of a model that LongAct is on: all would train densely."""
         ids = {id(p) for p in params_of(self.param_groups)}
-        self.may_be_dense = any(id(p) in ids for longact in all_controllers() for p in longact.model.parameters())
+        here = [longact for longact in all_controllers() if longact.layers]
+        self.may_be_dense = any(id(p) in ids for longact in here for p in longact.model.parameters())
         if not self.may_be_dense:
+            for longact in here:
+                longact.check_trains()  # an adapter around its model may be what this optimizer trains
             raise RuntimeError(
                 f"{type(self).__name__}: there is no LongAct on the model of its parameters, and it would train all of "
                 "them densely; make LongAct(model) before the first step, or pass longact=False where that is meant"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
-OPTIONS = """--eval_prompts 1 --num_generations 4 --max_completion_length 8 --max_steps 3 --save_strategy no
+OPTIONS = """--eval_prompts 1 --num_generations 4 --max_completion_length 8
     --learning_rate 1e-3 --adam_epsilon 1e-3 --lr_scheduler_type constant --use_cpu true --bf16 false
     --reward fixed:share_of_letters --dynamic_sampling_rounds 0 --gradient_checkpointing false"""
 # Sampling that depends on the prompt and the completion's number alone, and a reward that differs among completions.
@@ -60,31 +61,67 @@ def place(tmp_path):
     return tmp_path
 
 
-def train(place, name, processes):
-    """The trained weights, and what was logged of each step."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{name}.yaml", "--num_processes", "2"]
-    words = [sys.executable, *(launch if processes == 2 else []), "fixed.py", name, "train", "--model", "model"]
-    words += ["--output_dir", f"{name}{processes}", "--dataset", "rows.jsonl", *OPTIONS.split()]
-    words += ["--per_device_train_batch_size", 8 // processes, "--model_init_kwargs", '{"dtype": "float32"}']
+def run(place, name, processes, output, *more):
+    """Runs it, and gives what it printed."""
+    config = ["--config_file", CONFIGS / f"{name}.yaml", "--num_processes", processes]
+    launch = ["-m", "accelerate.commands.launch", *config] if processes > 1 else []
+    words = [sys.executable, *launch, "fixed.py", name, "train", "--model", "model", "--output_dir", output]
+    words += ["--dataset", "rows.jsonl", *OPTIONS.split(), "--model_init_kwargs", '{"dtype": "float32"}', *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*map(str, words)], cwd=place, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    folder = place / f"{name}{processes}"
+    return done.stdout
+
+
+def result(folder):
+    """The trained weights, and what was logged of each step."""
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict(), logs
+
+
+def train(place, name, processes):
+    more = ["--max_steps", 3, "--save_strategy", "no", "--per_device_train_batch_size", 8 // processes]
+    run(place, name, processes, f"{name}{processes}", *more)
+    return result(place / f"{name}{processes}")
+
+
+def assert_same(found, expected):
+    for key in ("reward", "reward_std", "grad_norm", "churn"):
+        columns = [[log[key] for log in logs if key in log] for _, logs in (expected, found)]
+        assert len(columns[0]) >= 2 and columns[1] == pytest.approx(columns[0], rel=1e-4), key
+    for name, weight in expected[0].items():
+        torch.testing.assert_close(found[0][name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_of_accelerate_are_one(place, name):
-    one, one_logs = train(place, name, 1)
-    two, two_logs = train(place, name, 2)
+    one, two = train(place, name, 1), train(place, name, 2)
     start = tiny.model().state_dict()
-    moved = max((weight - start[name]).abs().max() for name, weight in one.items())
-    assert moved > 1e-3
-    for key in ("reward", "reward_std", "grad_norm", "churn"):
-        columns = [[log[key] for log in logs if key in log] for logs in (one_logs, two_logs)]
-        assert len(columns[0]) >= 2 and columns[1] == pytest.approx(columns[0], rel=1e-4), key
-    assert min(log["grad_norm"] for log in one_logs) > 1e-3 and min(log["reward_std"] for log in one_logs) > 0
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert max((weight - start[name]).abs().max() for name, weight in one[0].items()) > 1e-3
+    assert min(log["grad_norm"] for log in one[1]) > 1e-3 and min(log["reward_std"] for log in one[1]) > 0
+    assert_same(two, one)
+
+
+# Shares that stay in parts, and one that shrinks; completions that two steps are on.
+PARTS = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
+TWO = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+WHOLE = ["--per_device_train_batch_size", 8, "--num_iterations", 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "options", "shares"), [(1, PARTS, "4, 1"), (2, TWO, "2, 4"), (1, WHOLE, "4, 1")])
+def test_a_run_goes_on_with_another_number_of_processes(place, before, options, shares):
+    options = [*options, "--save_steps", 2, "--max_steps", 4, "--refresh_every", 3]
+    after = 3 - before
+    run(place, "ddp", before, "whole", *options)
+    shutil.copytree(place / "whole", place / "resumed")
+    for path in ("checkpoint-4", "model"):
+        shutil.rmtree(place / "resumed" / path)
+    said = " ".join(run(place, "ddp", after, "resumed", *options, "--resume").split())
+    assert f"going on with processes {after} instead of {before}: a step takes 8 completions as before" in said
+    size, steps = shares.split(", ")
+    assert f"(per_device_train_batch_size {size}, gradient_accumulation_steps {steps})" in said
+    assert_same(result(place / "resumed"), result(place / "whole"))
+    changes = json.loads((place / "resumed" / "run.json").read_text())["changes"]
+    assert changes == [{"option": "processes", "from": before, "to": after, "step": 2}]

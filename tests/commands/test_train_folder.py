@@ -20,7 +20,14 @@ from longact_kernels.commands.files import read_metrics, write_json
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
 from longact_kernels.commands.train.folder import FILES, RunFolder
-from longact_kernels.commands.train.resuming import MAY_CHANGE, as_of
+from longact_kernels.commands.train.resuming import (
+    MAY_CHANGE,
+    SHARE,
+    as_begun,
+    as_of,
+    completions_of,
+    share_out,
+)
 from longact_kernels.tasks.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -127,7 +134,6 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(place, run, refused, gone, wh
     (run / "checkpoint-2" / gone).unlink()
     (run / "checkpoint-2" / MANIFEST).write_text(json.dumps(held))
     assert f"checkpoint-2 has no {what}" in refused("train", *words(place, run, "--resume"))
-    assert "random state" in str(flaw(place / "run" / "checkpoint-2", processes=2))
 
 
 @pytest.mark.parametrize("damage", [empty, halve])
@@ -221,10 +227,54 @@ def test_what_makes_another_run_is_refused_by_name(place, run, option, value):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == held
 
 
-def test_another_number_of_processes_is_another_run(place, run):
-    begun_with(run, processes=2)
-    with pytest.raises(ValueError, match="with processes 2 instead of 1"):
-        opened(place, run)
+def begun_by(processes, size, steps, generations=None):
+    generations = generations or steps
+    batch = processes * size * generations
+    of = {SHARE[0]: size, SHARE[1]: steps, "steps_per_generation": generations, "generation_batch_size": batch}
+    return {"processes": processes, "grpo_config": of}
+
+
+@pytest.mark.parametrize(
+    ("held", "processes", "shares"),
+    [
+        ((1, 4, 2), 2, (4, 1, None)),
+        ((2, 4, 1), 1, (4, 2, None)),
+        ((1, 8, 1), 2, (4, 1, None)),
+        ((8, 4, 3), 6, (4, 4, None)),
+        ((2, 6, 1), 3, (4, 1, None)),
+        ((2, 4, 2, 4), 1, (4, 4, 8)),
+        ((3, 4, 2, 1), 2, (3, 4, 2)),  # parts of 4 would share 24 out, but not the 12 that are generated together
+        ((1, 4, 2), 1, (4, 2, None)),
+    ],
+)
+def test_another_number_of_processes_shares_a_step_out(held, processes, shares):
+    run = begun_by(*held)
+    steps = held[3] if len(held) > 3 else None
+    options = {SHARE[0]: held[1], SHARE[1]: held[2], "steps_per_generation": steps}
+    share_out(options, run, processes)
+    assert tuple(options.values()) == shares
+    now = begun_by(processes, *shares)
+    assert completions_of(now) == completions_of(run)
+    assert now["grpo_config"]["generation_batch_size"] == run["grpo_config"]["generation_batch_size"]
+    assert as_begun(now, run) == run
+
+
+def test_processes_that_cannot_share_a_step_equally_are_refused():
+    with pytest.raises(ValueError, match=r"^processes: got 3, but a step of the run takes 8 completions"):
+        share_out({SHARE[0]: 4, SHARE[1]: 1}, begun_by(2, 4, 1), 3)
+
+
+def test_another_number_of_processes_with_shares_of_the_users(place, run, refused):
+    held = json.loads((run / "run.json").read_text())["grpo_config"]
+    size, steps = (held[name] for name in SHARE)
+    begun_with(run, processes=2, grpo_config=held | {SHARE[0]: size // 2})
+    folder = opened(place, run)  # as many for the one as those two had
+    assert [getattr(folder.training, name) for name in SHARE] == [size, steps]
+    assert folder.changes == [{"option": "processes", "from": 2, "to": 1, "step": 2}]
+    message = refused("train", *words(place, run, "--resume", f"--{SHARE[1]}", 2))
+    assert f"{SHARE[0]}: a step would take {2 * size * steps} completions on 1 processes" in message
+    (run / "checkpoint-2" / "completions_0.pt").write_bytes(b"")
+    assert "processes: got 1, but 2 have generated completions that" in refused("train", *words(place, run, "--resume"))
 
 
 def test_steps_that_have_been_taken_are_not_taken_back(place, run):
@@ -353,7 +403,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(place, run, largest):
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("longact train: error: cannot "), done.stderr
     assert not (run / "checkpoint-3").exists()
-    assert flaw(run / "checkpoint-2", 1) is None
+    assert flaw(run / "checkpoint-2") is None
     assert step_of(opened(place, run).checkpoint) == STEPS
     assert not [path for path in run.iterdir() if path.name.startswith("tmp") or str(os.getpid()) in path.name]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from copy import copy
@@ -16,6 +17,7 @@ from trl import GRPOConfig, TrlParser
 from longact_kernels.commands.console import Parser, did_you_mean
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
 from longact_kernels.commands.train.limits import out_of_limits
+from longact_kernels.commands.train.resuming import read_options, share_out
 from longact_kernels.sparse.config import LongActConfig, fields
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.build import check_task
@@ -267,6 +269,9 @@ class TrainParser(Parser, TrlParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if wrong := out_of_limits(vars(namespace)):
             self.error(wrong)
+        if namespace.resume:
+            held = read_options(Path(namespace.output_dir) / "run.json")
+            share_out(vars(namespace), held, int(os.environ.get("WORLD_SIZE", "1")))
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:

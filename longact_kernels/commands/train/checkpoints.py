@@ -20,7 +20,20 @@ PARTS = {
     "optimizer state": ("optimizer", "global_step"),
     "learning rate schedule": ("scheduler", "global_step"),
     "trainer state": ("trainer_state.json",),
+    "random state": ("rng_state",),
 }
+
+
+def random_states(checkpoint: Path) -> list[Path]:
+    """The files with the random states of the processes that saved a checkpoint, in their order."""
+    return sorted(
+        checkpoint.glob("rng_state*.pth"), key=lambda path: int(path.stem.rpartition("_")[2].replace("state", "0"))
+    )
+
+
+def completions(checkpoint: Path, process: int) -> Path:
+    """The file with the completions that a process has generated, and has further steps to take on."""
+    return checkpoint / f"completions_{process}.pt"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,8 +61,8 @@ def is_sealed(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
-def flaw(checkpoint: Path, processes: int) -> str | None:
-    """Why a run of so many processes cannot go on from a checkpoint; None if it can."""
+def flaw(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint; None if it can."""
     if not is_sealed(checkpoint):
         return f"has no {MANIFEST}: its saving was interrupted"
     try:
@@ -66,9 +79,7 @@ def flaw(checkpoint: Path, processes: int) -> str | None:
             return f"is damaged: {name} has other bytes than were saved"
     if "trainer_state.json" in files and (step := trainer_state(checkpoint)["global_step"]) != step_of(checkpoint):
         return f"is damaged: it was saved at step {step}, under another name"
-    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     missing = [what for what, names in PARTS.items() if not any(name.startswith(names) for name in files)]
-    missing += ["random state"] * (not files.keys() >= set(states))
     return f"has no {', '.join(missing)}, as with save_only_model: nothing can go on from it" if missing else None
 
 

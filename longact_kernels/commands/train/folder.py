@@ -24,9 +24,26 @@ from trl import GRPOConfig
 from longact_kernels import LongAct
 from longact_kernels.commands.files import read_json, write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
-from longact_kernels.commands.train.checkpoints import RUN, checkpoints_in, flaw, is_sealed, step_of, trainer_state
+from longact_kernels.commands.train.checkpoints import (
+    RUN,
+    checkpoints_in,
+    completions,
+    flaw,
+    is_sealed,
+    step_of,
+    trainer_state,
+)
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.commands.train.resuming import as_of, changes_of, check_kept, foreign, options_of, read_options
+from longact_kernels.commands.train.resuming import (
+    as_begun,
+    as_of,
+    changes_of,
+    check_kept,
+    foreign,
+    options_of,
+    processes_of,
+    read_options,
+)
 from longact_kernels.warning import LongActWarning
 
 T = TypeVar("T")
@@ -47,6 +64,7 @@ class RunFolder:
     Attributes:
         checkpoint: the last whole checkpoint, from which a resumed run goes on.
         changes: which options a resumed run has changed, each with its step.
+        processes_before: how many processes it had when the checkpoint was saved.
 
     Raises:
         ValueError: the folder cannot be written to, is in use, holds another run, or none that could be resumed.
@@ -59,14 +77,15 @@ class RunFolder:
         self.details = self.path / "details.jsonl"
         self._lock: FileLock | None = None
         self._made: list[Path] = []
+        self._held: dict = {}
         try:
-            self.checkpoint, self.changes = in_first_process(self._open)
+            self.checkpoint, self.changes, self.processes_before = in_first_process(self._open)
         except ValueError:
             self.close()
             raise
 
-    def _open(self) -> tuple[Path | None, list[dict]]:
-        """Takes the folder; returns the checkpoint to go on from, and what has changed by then."""
+    def _open(self) -> tuple[Path | None, list[dict], int]:
+        """Takes the folder; returns the attributes that say where to go on."""
         self._check_writable()
         self._check_kinds()
         if not self.arguments.resume:
@@ -79,18 +98,25 @@ class RunFolder:
                 )
             for name in OF_A_START - {LOCK, OWNER}:  # of a run with other options
                 (self.path / name).unlink(missing_ok=True)
-            return None, []
+            return None, [], self.training.world_size
         if not (self.path / "run.json").is_file():
             raise ValueError(f"output_dir: {self.path} holds no run to resume")
         check_kept(self.training)
         self._acquire()
-        held = self._defaults() | read_options(self.path / "run.json")
+        held = self._held = self._defaults() | read_options(self.path / "run.json")
         checkpoint = self._last_whole(held)
         step = step_of(checkpoint) if checkpoint else 0
-        changes = changes_of(as_of(held, step), self._options(), step, self.path, len(self.arguments.stages()))
+        held = as_of(held, step)
+        changes = changes_of(held, self._options(), step, self.path, len(self.arguments.stages()))
+        before = processes_of({"processes": self.training.world_size, **held})
+        if checkpoint and before != self.training.world_size and completions(checkpoint, 0).is_file():
+            raise ValueError(
+                f"processes: got {self.training.world_size}, but {before} have generated completions that the steps "
+                f"after {checkpoint} are on; go on with {before} up to a checkpoint where they are used up"
+            )
         if 0 < self.training.max_steps < step:
             raise ValueError(f"max_steps: got {self.training.max_steps}, but the run in {self.path} is at step {step}")
-        return checkpoint, changes
+        return checkpoint, changes, before
 
     def _check_writable(self) -> None:
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
@@ -160,7 +186,7 @@ class RunFolder:
         flaws = []
         found = None
         for checkpoint in checkpoints_in(self.path):
-            wrong = flaw(checkpoint, self.training.world_size) or foreign(held, read_options(checkpoint / RUN))
+            wrong = flaw(checkpoint) or foreign(held, read_options(checkpoint / RUN))
             if wrong is None:
                 found = checkpoint
                 break
@@ -199,7 +225,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Makes the folder this run's."""
-        run = {**self._options(), "prompts": self._prompts, "changes": self.changes}
+        run = {**as_begun(self._options(), self._held), "prompts": self._prompts, "changes": self.changes}
         write_json(self.path / "run.json", run)
 
     @property

@@ -26,6 +26,7 @@ from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
 from longact_kernels.commands.train.report import summarize, summary_table, write_report
+from longact_kernels.commands.train.resuming import what_stays
 from longact_kernels.commands.train.trainer import DriverTrainer
 from longact_kernels.integrations.transformers import load_config, load_model, longest_input
 from longact_kernels.tasks import TASKS
@@ -54,6 +55,8 @@ class Run:
 
     def _prepare(self) -> None:
         arguments, training, console = self.arguments, self.training, self.console
+        if (before := self.folder.processes_before) != training.world_size:
+            console.print(what_stays(before, training))
         check_packages(training)
         self.reward = reward_of(arguments)
         prompts = read_sources(arguments)

@@ -1,15 +1,26 @@
 """The trainer of `longact train`."""
 
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
+from transformers import set_seed
 
 from longact_kernels.commands.console import Failure
-from longact_kernels.commands.train.checkpoints import RUN, checkpoints_in, is_sealed, saving, seal
+from longact_kernels.commands.train.checkpoints import (
+    RUN,
+    checkpoints_in,
+    completions,
+    is_sealed,
+    random_states,
+    saving,
+    seal,
+)
 from longact_kernels.integrations.dynamic_sampling import DynamicSamplingMixin
 from longact_kernels.integrations.prompts import encode_prompts, question_of
 from longact_kernels.integrations.shared_prompts import SharedPromptsMixin
@@ -72,17 +83,30 @@ class DriverTrainer(SharedPromptsMixin, DynamicSamplingMixin, LongActGRPOTrainer
         self.state.compute_steps(self.args, self.state.max_steps)
         self._load_completions(Path(checkpoint))
 
-    def _completions_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"completions_{self.args.process_index}.pt"
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is None or len(states := random_states(Path(checkpoint))) == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        # Another number of processes saved it: each of ours takes the state of its place, or begins one.
+        process = self.args.process_index
+        set_seed(random.Random(f"{self.args.seed}/{self.state.global_step}/{process}").getrandbits(31))
+        if process < len(states):
+            saved = torch.load(states[process], map_location="cpu", weights_only=False)
+            random.setstate(saved["python"])
+            numpy.random.set_state(saved["numpy"])
+            torch.set_rng_state(saved["cpu"])
+            if torch.cuda.is_available() and "cuda" in saved:  # of one process that device's, of many all of a machine
+                devices = [saved["cuda"]] if isinstance(saved["cuda"], torch.Tensor) else saved["cuda"]
+                torch.cuda.set_rng_state(devices[process % len(devices)], self.accelerator.device)
 
     def _save_completions(self, checkpoint: Path) -> None:
         """Keeps the completions that further steps will be on, if there are such."""
         if self._step % (self.args.steps_per_generation * self.num_iterations):
-            torch.save(self._buffered_inputs, self._completions_file(checkpoint))
+            torch.save(self._buffered_inputs, completions(checkpoint, self.args.process_index))
 
     def _load_completions(self, checkpoint: Path) -> None:
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        if (file := self._completions_file(checkpoint)).is_file():
+        if (file := completions(checkpoint, self.args.process_index)).is_file():
             self._buffered_inputs = torch.load(file, map_location=self.accelerator.device, weights_only=True)
 
     def sample(self) -> dict:
