@@ -78,9 +78,10 @@ class OptimizersContainer(torch.optim.Optimizer):
     def __init__(self, config, *, model_parts):
         self.optimizers = []
         for part in model_parts:
+            names, params = zip(*part.named_parameters(), strict=True)
             for group in config.param_groups:
-                params = {"params": list(part.parameters()), **group.optimizer_kwargs}
-                self.optimizers.append(self._resolve_optimizer_factory(group.optimizer_name)([params]))
+                made = {"params": list(params), "param_names": list(names), **group.optimizer_kwargs}
+                self.optimizers.append(self._resolve_optimizer_factory(group.optimizer_name)([made]))
         super().__init__([p for part in model_parts for p in part.parameters()], {})
 
     def step(self, closure=None):
@@ -90,6 +91,48 @@ class OptimizersContainer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self):
+        """Flat, by the names of parameters; a new optimizer first takes a step without gradients, at a rate of 0."""
+        flat = {}
+        for optimizer in self.optimizers:
+            make_state(optimizer)
+            saved = optimizer.state_dict()
+            for group in saved["param_groups"]:
+                for i, name in zip(group["params"], group["param_names"], strict=True):
+                    flat |= {f"state.{name}.{key}": value for key, value in saved["state"].get(i, {}).items()}
+                    options = group.keys() - {"params", "param_names"}
+                    flat |= {f"param_groups.{name}.{key}": group[key] for key in options}
+        return flat
+
+    def load_state_dict(self, flat):
+        """Takes what goes by the names that an optimizer's own state has."""
+        for optimizer in self.optimizers:
+            make_state(optimizer)
+            state, groups, i = {}, [], 0
+            for group in optimizer.param_groups:
+                first = group["param_names"][0]
+                options = {key: flat[f"param_groups.{first}.{key}"] for key in group.keys() - {"params", "param_names"}}
+                groups.append({"params": [*range(i, i + len(group["params"]))], **options})
+                for name, p in zip(group["param_names"], group["params"], strict=True):
+                    state[i] = {key: flat[f"state.{name}.{key}"] for key in optimizer.state[p]}
+                    i += 1
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def make_state(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.state or any(p.grad is not None for p in params):
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step(closure=None)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad()
 
 
 def modules() -> dict[str, ModuleType]:
