@@ -138,8 +138,7 @@ class SalientOptimizer(Optimizer, ABC):
         if any(longact.idle for longact in controllers) and self._only_makes_states():
             self._make_states(salient)
             return loss
-        for group in self.param_groups:
-            self._check_group(group)
+        self._check_groups(self.param_groups)
         for longact in controllers:
             if longact.compact is not None:
                 longact.compact.check_untouched()
@@ -252,6 +251,14 @@ class SalientOptimizer(Optimizer, ABC):
         return self.moments == torch.bfloat16 or (self.stochastic_rounding and p.dtype in HALF)
 
     # Step
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError, naming the group, for a hyperparameter that no step can be taken with."""
+        for i, group in enumerate(groups):
+            try:
+                self._check_group(group)
+            except ValueError as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from None
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -521,8 +528,7 @@ class SalientOptimizer(Optimizer, ABC):
         salient = salient_weights()
         _check_form(state_dict)
         completed = self.completed(state_dict["param_groups"])
-        for group in completed:
-            self._check_group(group)
+        self._check_groups(completed)
         # Groups that differ are for Optimizer.load_state_dict to explain.
         ids = zip(params_of(self.param_groups), params_of(state_dict["param_groups"]), strict=False)
         pairs = [(p, with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longact_kernels.ops.sparse_adamw import check_number
 from longact_kernels.sparse.batch import TellingZeroGrad
 
 
@@ -36,6 +37,10 @@ class Attached:
         if not self.longact.layers:
             return None  # restored
         self.longact.begin_step(optimizer)
+        for i, group in enumerate(optimizer.param_groups):
+            for name in ("lr", "eps", "weight_decay"):
+                if isinstance(value := group.get(name), float):  # not a tensor, which would be waited for
+                    check_number(f"param_groups[{i}]: {name}", value)
         # The optimizer itself is the first of a step's arguments.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:

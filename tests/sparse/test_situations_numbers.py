@@ -454,7 +454,7 @@ def test_a_hyperparameter_gone_wrong_between_steps_changes_nothing(name, value, 
     train(model, optimizer, range(2))
     before, steps = weights(model), longact.steps
     right, optimizer.param_groups[group][name] = optimizer.param_groups[group][name], value
-    with pytest.raises(ValueError, match="beta" if name == "betas" else name) as caught:
+    with pytest.raises(ValueError, match=rf"^param_groups\[{group}\]: {'beta' if name == 'betas' else name}") as caught:
         train(model, optimizer, [2])
     assert "\n" not in str(caught.value)
     assert_unchanged(model, before)
@@ -463,6 +463,31 @@ def test_a_hyperparameter_gone_wrong_between_steps_changes_nothing(name, value, 
     assert longact.steps == steps + 1
     plain, _, theirs = salient_run()
     train(plain, theirs, range(3))
+    assert_same_weights(model, plain)
+
+
+def optimizer_in_groups(model):
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": params[:5]}, {"params": params[5:]}], **HYPER)
+    LongAct(model).attach(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("value", [NAN, INF, -1.0])
+def test_a_hyperparameter_of_a_stock_optimizer_gone_wrong_changes_nothing(name, value, closure):
+    (model, optimizer), (plain, other) = ((model, optimizer_in_groups(model)) for model in (tiny_model(), tiny_model()))
+    train(model, optimizer, range(2))
+    train(plain, other, range(3))
+    before = weights(model)
+    right, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+    backward(model, tokens(seed=2))
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\]: {name}: got"):
+        optimizer.step(*[lambda: None] * closure)
+    assert_unchanged(model, before)
+    optimizer.param_groups[1][name] = right
+    optimizer.step()
     assert_same_weights(model, plain)
 
 
