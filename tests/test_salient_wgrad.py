@@ -132,6 +132,18 @@ def test_more_slots_and_tokens_than_a_program_packs(axis):
     check(ops.salient_wgrad(*problem), *problem)
 
 
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "near", "other"), [(5, 3, 0), (0, 3, 4), (0, 1, 0)])
+def test_gradients_without_elements(axis, dtype, tokens, near, other):
+    dy, x = randn(tokens, near, dtype=dtype), randn(tokens, other, dtype=dtype)
+    problem = (*((dy, x) if axis == "rows" else (x, dy)), some(near, 1), axis)
+    rows, columns = (near, other) if axis == "rows" else (other, near)
+    out = torch.zeros(rows, 8, dtype=dtype, device=DEVICE)[:, :columns]  # its rows lie as those of wide elements do
+    assert torch.equal(ops.salient_wgrad(*problem), torch.zeros_like(out))
+    assert torch.equal(ops.salient_wgrad(*problem, out=out), torch.zeros_like(out))
+
+
 def test_the_bias_gradient_is_whole():
     dy, x, rows = randn(50, 12), randn(50, 8, seed=1), some(12, 4)
     dw, db = ops.salient_wgrad(dy, x, rows, bias=True)

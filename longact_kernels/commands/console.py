@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import requires
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from longact_kernels.warning import LongActWarning
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
-FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PACKAGES = {"yaml": "pyyaml"}  # which are called otherwise than their modules
 EXTRAS = {"eval": "eval", "study": "study"}  # all others need the extra `rl`
 
@@ -94,7 +93,7 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     """Runs a command: `main(argv)` of its module, which is imported only now, since its libraries take seconds.
 
     Returns:
-        The exit status: what `main` returned, 2 after a refusal, 1 after a failure, 130 after Ctrl-C.
+        The exit status: what `main` returned, 2 after a refusal, 1 after a failure.
     """
     try:
         return importlib.import_module(module).main(argv)
@@ -103,9 +102,10 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     except Failure as failure:
         return refuse(f"longact {name}", failure, FAILED)
     except OSError as failure:
-        if failure.errno not in FULL_OR_READ_ONLY:
+        if failure.filename is None and failure.errno not in FULL_OR_BROKEN:
             raise
-        return refuse(f"longact {name}", f"cannot write {failure.filename or ''} ({failure.strerror})", FAILED)
+        where = f"cannot read or write {failure.filename or 'a file'}"
+        return refuse(f"longact {name}", f"{where} ({failure.strerror})", FAILED)
     except (ImportError, RuntimeError) as error:  # libraries that import late make others of the first
         if (missing := missing_module(error)) is None:
             raise
@@ -113,8 +113,6 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
         if PACKAGES.get(missing, missing) not in (re.split(r"[^\w-]", one)[0].replace("-", "_") for one in needed):
             needed = [missing]
         return refuse(f"longact {name}", f"{missing} is not installed; run pip install {shlex.join(needed)}")
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def refuse(who: str, error: object, status: int = BAD_INPUT) -> int:
@@ -145,19 +143,6 @@ def requirements(extra: str) -> list[str]:
             own = name.replace("-", "_") == "longact_kernels"
             found += [one for other in others.split(",") for one in requirements(other)] if own else [package]
     return found
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does: while something is imported it ends the process, since libraries make other errors of it there.
-
-    Raises:
-        KeyboardInterrupt: at any other time.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from longact_kernels.warning import LongActWarning
@@ -29,6 +30,22 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path of a file into errors of writing it, which have none where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def append_line(path: Path, content: dict) -> None:
+    """Adds a line of JSON to a file."""
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """Writes a file that appears whole, on the disk: an interrupted run, or a full disk, leaves none that is cut off.
 
@@ -39,15 +56,17 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        if callable(content):
-            content(unfinished)
-        else:
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with naming(path):
+            if callable(content):
+                content(unfinished)
+            else:
+                unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # another than the first
+            unfinished.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict]:

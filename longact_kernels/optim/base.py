@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from longact_kernels import ops
 from longact_kernels.functional import Axis
 from longact_kernels.reference.channels import check_channels
-from longact_kernels.sparse import gradients
+from longact_kernels.sparse import checks, gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import controllers as all_controllers
@@ -570,11 +570,7 @@ class SalientOptimizer(Optimizer, ABC):
                 "or of torch's optimizer of that kind"
             )
         for name, held in state.items():
-            if not isinstance(held, Tensor):
-                raise ValueError(
-                    f"load_state_dict: {name} of {what} is a {type(held).__name__}, needed a tensor; the checkpoint is "
-                    "damaged"
-                )
+            checks.saved(name, what, held)
         numbers = [name for name in (*self.moment_names, "master") if name in state]
         for name in numbers:
             if not state[name].is_floating_point():

@@ -1,4 +1,4 @@
-"""Whether layers can be trained sparsely: before they are swapped, and once a step afterwards."""
+"""Whether layers can be trained sparsely: before they are swapped, once a step, and when a state is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longact_kernels.sparse.config import LongActConfig
 from longact_kernels.sparse.layer import SalientLayer
@@ -94,3 +94,14 @@ def trained(layers: Mapping[str, SalientLayer], optimizer: torch.optim.Optimizer
                 LongActWarning,
                 stacklevel=3,
             )
+
+
+def saved(name: str, what: str, value: Any) -> None:
+    """Raises ValueError for what of a saved state is no tensor with its values in memory."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        kind = (
+            f"a {value.layout} tensor on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        )
+        raise ValueError(
+            f"load_state_dict: {name} of {what} is {kind}, needed a dense tensor; the checkpoint is damaged"
+        )

@@ -871,11 +871,8 @@ class LongAct:
                 "while LongAct was on the model"
             )
         for name, value in state.items():
-            if name.startswith("salient_") and not isinstance(value, Tensor):
-                raise ValueError(
-                    f"load_state_dict: {name} of {salient.name} is a {type(value).__name__}, needed a tensor; the "
-                    "checkpoint is damaged"
-                )
+            if name.startswith("salient_"):
+                checks.saved(name, salient.name, value)
         if (saved := state["salient_rows"].numel()) != salient.size:
             raise ValueError(
                 f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "

@@ -178,8 +178,17 @@ def on(name, value):
     return damage
 
 
+WRONG = {
+    "None": None,
+    "list": [1, 2],
+    "empty": torch.empty(0),
+    "sparse": torch.ones(40).to_sparse(),
+    "meta": torch.ones(40, device="meta"),
+}
+
+
 @pytest.mark.parametrize("stock", [False, True])
-@pytest.mark.parametrize("value", [None, [1, 2], torch.empty(0)], ids=["None", "list", "empty"])
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("name", ["options", "rows", "steps", "flags", "times", "saliency"])
 def test_what_is_kept_of_a_set_has_its_form(name, value, stock):
     ours, saved = run(stock=stock), copy.deepcopy(run(stock=stock, steps=5)[2].state_dict())
@@ -201,6 +210,9 @@ FORMS = {
     "a step that is text": on("step", "three"),
     "rows that are a list": on("rows", [1, 2]),
     "something that is no tensor": on("more", None),
+    "a step that is sparse": on("step", torch.ones(5).to_sparse()),
+    "moments that are sparse": on("exp_avg", torch.ones(5, 8).to_sparse()),
+    "moments without a memory": on("exp_avg", torch.ones(5, 8, device="meta")),
 }
 
 

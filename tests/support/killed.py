@@ -1,5 +1,6 @@
 """`longact train` in processes that are killed: forked from one that has imported everything, but computed nothing."""
 
+import gc
 import itertools
 import os
 import random
@@ -10,9 +11,14 @@ import time
 import types
 from pathlib import Path
 
+import numba  # noqa: F401
+
 from longact_kernels.cli import main
-from longact_kernels.commands.train import run  # noqa: F401  for each fork to have it
+from longact_kernels.commands.train import report, run  # noqa: F401  for each fork to have it
 from longact_kernels.commands.train.trainer import DriverTrainer
+
+# Each fork has it, and does not copy it to look for garbage.
+gc.freeze()
 
 
 def reward(completions, **_):
@@ -44,6 +50,7 @@ def _train(words: list[str], log: Path, kill: tuple[str, float] | None) -> int:
     quiet = os.open(log.with_suffix(".out"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    report.both_styles = lambda draw: {}  # its pictures take longer than all else
     began = time.perf_counter()
     inside = threading.Event()
     save = DriverTrainer._save_checkpoint

@@ -1,6 +1,5 @@
 """What a study consists of: pretraining a model, and training one. Each job is a process of its own."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -22,7 +21,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config
 
 from longact_kernels.commands.console import INTERRUPTED
-from longact_kernels.commands.files import read_json, read_metrics, write_json, write_whole
+from longact_kernels.commands.files import append_line, read_json, read_metrics, write_json, write_whole
 from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import Recall, make_base
 from longact_kernels.commands.train.arguments import parse
@@ -255,8 +254,7 @@ class Curve(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             accuracy = self.run.evaluate(f"after step {state.global_step}").accuracy
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, "accuracy": accuracy}) + "\n")
+            append_line(self.path, {"step": state.global_step, "accuracy": accuracy})
 
     def points(self) -> list[list[float]]:
         """Steps and accuracies; of a step that was taken again after a stop, the later one."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import torch
 import yaml
@@ -16,7 +16,7 @@ from trl import GRPOConfig, TrlParser
 
 from longact_kernels.commands.console import Parser, did_you_mean
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
-from longact_kernels.commands.train.limits import out_of_limits
+from longact_kernels.commands.train.limits import of_another_type, out_of_limits
 from longact_kernels.commands.train.resuming import read_options, share_out
 from longact_kernels.sparse.config import LongActConfig, fields
 from longact_kernels.tasks import TASKS
@@ -35,7 +35,7 @@ DEFAULT_TASK = "niah_multikey_2"
 DEFAULT_LENGTH = 512
 DEFAULT_TRAIN_PROMPTS = 512
 DEFAULT_EVAL_PROMPTS = 64
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+TRLS = get_type_hints(GRPOConfig)
 
 
 def option(of: dataclasses.Field) -> tuple[str, Any, Any]:
@@ -166,25 +166,15 @@ class TrainArguments(LongActOptions):
     def check_types(self) -> None:
         """ValueError for a value of another type: argparse looks at those of a YAML file only where they are texts."""
         for name, hint in TrainArguments.__annotations__.items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal:
-                fits, needed = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
-            else:
-                fits = (
-                    name in ("lengths", "density")
-                    or isinstance(value, hint)
-                    or (hint is float and isinstance(value, int))
-                )
-                needed = " or ".join(kind for one, kind in KINDS.items() if one in (hint, *get_args(hint)))
-            if not fits:
-                raise ValueError(f"{name}: got {value!r}, needed {needed}")
+            # A YAML file may have a list of lengths.
+            if name != "lengths" and (wrong := of_another_type(name, getattr(self, name), hint)):
+                raise ValueError(wrong)
 
     def stages(self) -> list[int | None]:
         """The maximum lengths of prompts, by stage of training; None for any."""
         if self.lengths is None:
             return [self.length]
         try:
-            # A YAML file may have a list.
             listed = self.lengths if isinstance(self.lengths, list) else str(self.lengths).split(",")
             stages = [int(one) for one in listed]
         except ValueError:
@@ -267,6 +257,10 @@ class TrainParser(Parser, TrlParser):
     def parse_known_args(self, args=None, namespace=None):
         # Before `GRPOConfig` is made, which computes with them.
         namespace, rest = super().parse_known_args(args, namespace)
+        for of in dataclasses.fields(GRPOConfig):
+            value = getattr(namespace, of.name, of.default)
+            if value != of.default and (wrong := of_another_type(of.name, value, TRLS[of.name])):
+                self.error(wrong)
         if wrong := out_of_limits(vars(namespace)):
             self.error(wrong)
         if namespace.resume:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from longact_kernels import LongAct
 from longact_kernels.commands.console import progress_bar
-from longact_kernels.commands.files import read_metrics, write_whole
+from longact_kernels.commands.files import append_line, read_metrics, write_whole
 from longact_kernels.commands.train.trainer import DriverTrainer
 
 
@@ -32,8 +32,7 @@ class LinesFile(TrainerCallback):
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, step: int, record: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        append_line(self.path, {"step": step, **record})
 
 
 class MetricsFile(LinesFile):

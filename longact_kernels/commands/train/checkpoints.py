@@ -89,7 +89,10 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise Failure(f"cannot save {path} ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        if "inline_container" in reason:  # torch says no more than where in its code it was
+            reason = "torch could not write all of a file: is the disk full?"
+        raise Failure(f"cannot save {path} ({reason})") from error
 
 
 def sha256(path: Path) -> str:

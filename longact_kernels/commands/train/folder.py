@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from longact_kernels.commands.train.checkpoints import (
     completions,
     flaw,
     is_sealed,
+    saving,
     step_of,
     trainer_state,
 )
@@ -159,16 +161,16 @@ class RunFolder:
         """Gives the folder back; if no run has begun in it, nothing of it is left."""
         if self._lock is None:
             return
-        (self.path / OWNER).unlink(missing_ok=True)
         begun = (self.path / "run.json").is_file()
-        if not begun:
-            (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # by now it may be gone, or read-only
+            (self.path / OWNER).unlink(missing_ok=True)
+            if not begun:
+                (self.path / LOCK).unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
-        for path in [] if begun else self._made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        with suppress(OSError):
+            for path in [] if begun else self._made:
+                path.rmdir()  # where something else lies in it, it stays
 
     def _options(self) -> dict:
         return {
@@ -272,7 +274,9 @@ class RunFolder:
             found[name] = saliency.cpu().contiguous(), index.cpu()
         tensors = {f"{name}.saliency": saliency for name, (saliency, _) in found.items()}
         tensors |= {f"{name}.rows": index for name, (_, index) in found.items()}
-        write_whole(self.path / "saliency.safetensors", lambda path: save_file(tensors, path))
+        path = self.path / "saliency.safetensors"
+        with saving(path):
+            write_whole(path, lambda unfinished: save_file(tensors, unfinished))
         return found
 
 

@@ -1,8 +1,22 @@
-"""What TRL's options may be: numbers that it, transformers and torch would take, or fail on in their depths."""
+"""What options may be: values that TRL, transformers and torch would take, or fail on in their depths."""
 
+import json
 import math
 from collections.abc import Callable
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+LARGEST = 2**63 - 1  # what torch takes of whole numbers
 
 Limit = tuple[str, Callable[[float], bool]]
 
@@ -34,10 +48,36 @@ LIMITS: dict[str, Limit] = {
 }
 
 
+def of_another_type(name: str, value: Any, hint: Any) -> str | None:
+    """What is wrong with an option that a file gave a value of another type, or no JSON; None if nothing is."""
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(one) or one for one in hints]
+    if not any(is_of(value, one) for one in hints):
+        if Literal in kinds:
+            needed = f"one of {', '.join(get_args(hint))}"
+        else:
+            needed = " or ".join(KINDS[kind] for kind in kinds if kind in KINDS)
+        return f"{name}: got {value!r}, needed {needed}"
+    if dict in kinds and isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            return f"{name}: got {value!r}, which is no JSON ({error})"
+    return None
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return isinstance(value, int | float if hint is float else get_origin(hint) or hint)
+
+
 def out_of_limits(options: dict[str, Any]) -> str | None:
     """What is wrong with the first option that is; None if none is."""
     for name, (needed, fits) in LIMITS.items():
         value = options.get(name)
-        if isinstance(value, int | float) and not (math.isfinite(value) and fits(value)):
+        if isinstance(value, int | float) and not (abs(value) <= LARGEST and fits(value)):
             return f"{name}: got {value}, needed {needed}"
     return None
