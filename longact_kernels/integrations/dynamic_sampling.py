@@ -64,7 +64,7 @@ class DynamicSamplingMixin:
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:
         by_function = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
-        if self.model.training:
+        if self.dynamic_sampling_rounds and self.model.training:
             rewards = (
                 (by_function * self.reward_weights.to(by_function.device)).nansum(1).view(-1, self.num_generations)
             )

@@ -277,6 +277,14 @@ def test_another_number_of_processes_with_shares_of_the_users(place, run, refuse
     assert "processes: got 1, but 2 have generated completions that" in refused("train", *words(place, run, "--resume"))
 
 
+def test_a_checkpoint_of_shards_needs_fsdp(place, run, refused):
+    shutil.rmtree(run / "checkpoint-1")
+    (run / "checkpoint-2" / "optimizer.pt").rename(run / "checkpoint-2" / "optimizer.bin")
+    seal(run / "checkpoint-2")
+    message = refused("train", *words(place, run, "--resume"))
+    assert "fsdp: " in message and "checkpoint-2 was saved with FSDP, and the processes are started without" in message
+
+
 def test_steps_that_have_been_taken_are_not_taken_back(place, run):
     with pytest.raises(ValueError, match=r"max_steps: got 1, but the run in .* is at step 2"):
         opened(place, run, "--max_steps", 1)

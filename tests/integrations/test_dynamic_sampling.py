@@ -61,6 +61,16 @@ def texts(batch, part):
     return TOKENIZER.batch_decode(ids, skip_special_tokens=True)
 
 
+def test_more_processes_than_groups_may_train_without_it(tmp_path, monkeypatch):
+    rl = trainer(tmp_path, prompts(0, 8), rounds=0)
+    monkeypatch.setattr(type(rl.accelerator), "num_processes", 9)
+    monkeypatch.setattr(type(rl.accelerator), "process_index", 8)
+    rows = [row for row in prompts(0, 2) for _ in range(GROUP)]
+    rl.model.train()
+    rewards = rl._calculate_rewards(rows, [row["prompt"] for row in rows], [str(i) for i in range(8)], [[1]] * 8)
+    assert rewards.shape == (2 * GROUP, 1)
+
+
 @pytest.mark.parametrize("config", [{}, {"num_iterations": 2}, {"scale_rewards": "none"}])
 def test_every_group_has_a_signal_and_its_own_advantages(tmp_path, config):
     rl = trainer(tmp_path, prompts(4, 40), **config)

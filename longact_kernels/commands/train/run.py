@@ -95,6 +95,7 @@ class Run:
             train_dataset=train_dataset,
             processing_class=self.tokenizer,
         )
+        self._check_form()
         # By now every process has seen the folder as it was.
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.remove_callback(PrinterCallback)
@@ -111,6 +112,18 @@ class Run:
         self.trainer.callback_handler.callbacks.insert(0, EvaluationBefore(self))
         for callback in (*writing, self.interrupt):
             self.trainer.add_callback(callback)
+
+    def _check_form(self) -> None:
+        """Raises ValueError for a checkpoint of FSDP's shards without FSDP, and the other way round."""
+        checkpoint, trainer = self.folder.checkpoint, self.trainer
+        if checkpoint is None or trainer.is_deepspeed_enabled:
+            return
+        if (checkpoint / "optimizer.pt").is_file() == trainer.is_fsdp_enabled:
+            saved, now = ("without", "with") if trainer.is_fsdp_enabled else ("with", "without")
+            raise ValueError(
+                f"fsdp: {checkpoint} was saved {saved} FSDP, and the processes are started {now} it; start them as "
+                "before (torchrun, or accelerate launch with the same --config_file), in any number"
+            )
 
     def evaluate(self, when: str) -> Evaluation:
         """Answers the held-out prompts, which the processes share out among them."""
