@@ -33,7 +33,7 @@ docs: .venv/.docs  ## the documentation site, in build/docs; warnings and dead l
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 release: .venv/.release  ## wheel and sdist in dist/, both checked: metadata, an installation of each, the sdist's tests
-	rm -rf dist build
+	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tools/check_release.py dist

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from longact_kernels import __version__
 
@@ -51,6 +54,19 @@ def test_metadata(wheel):
     page = about.get_payload()
     assert page.startswith("# longact_kernels") and len(page) > 2000
     assert all(re.match("https?:|#", target) for target in re.findall(r"\]\(([^)]*)\)", page))
+
+
+def test_the_oldest_versions_are_those_that_test_versions_runs_with():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    users = [line for name in ("rl", "cpu", "study", "demo") for line in extras[name] if "longact_kernels[" not in line]
+    lowest = {(needed := Requirement(line)).name: needed.specifier for line in project["dependencies"] + users}
+    pinned = [line.partition("#")[0] for line in (ROOT / "constraints-oldest.txt").read_text().splitlines()]
+    oldest = {(needed := Requirement(line)).name: needed.specifier for line in pinned if line}
+    for name, specifier in lowest.items():
+        (floor,) = (one.version for one in specifier if one.operator == ">=")
+        (tried,) = (one.version for one in oldest[name])
+        assert Version(floor) == Version(tried), name
 
 
 def test_sdist_has_every_file_of_the_repository(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import CLASSES, family_model
 from torch import nn
 
@@ -47,7 +48,7 @@ NO_WITNESS = {
     "blt": "bytes become patches, as many as their entropy asks for",
     "cpmant": "prompt tokens stand before the text",
     "prophetnet": "a token has several streams",
-    "inkling2_text": "each token has an attention sink of its own",
+    **dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "each token has an attention sink of its own"),
     "reformer": "its reversible layers make no graph",
 }
 MIXED_TOKENS = {"zaya": "a convolution over tokens follows the projections"}
@@ -55,7 +56,7 @@ MIXED_HEADS = {
     **dict.fromkeys(
         ("flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmo_hybrid", "olmoe"), "queries are normalised across heads"
     ),
-    "bitnet": "results are normalised across heads",
+    **dict.fromkeys(("bitnet", "dory"), "results are normalised across heads"),
     "diffllama": "the result is a difference of two heads",
     "zaya": "a convolution mixes heads",
 }
@@ -103,7 +104,7 @@ def gradients(model: nn.Module, found: list[Projection], T: int, head: int | Non
 def run(model: nn.Module, T: int) -> torch.Tensor:
     """The logits of random tokens, with the same dropout at every call."""
     streams = model.config.num_codebooks if "Musicgen" in type(model).__name__ else 1
-    ids = torch.randint(5, 60, (streams, T), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 60, (T, streams), generator=torch.Generator().manual_seed(0)).T
     torch.manual_seed(0)
     return model(input_ids=ids, use_cache=False).logits.float()
 
@@ -192,7 +193,10 @@ def tiny(request):
 def strong(model: nn.Module) -> nn.Module:
     """The model with weights that act as trained ones do, and without attention sinks, further entries of a softmax."""
     for name, p in model.named_parameters():
-        nn.init.constant_(p, -1e4) if name.endswith("sinks") else nn.init.normal_(p, std=0.2)
+        if name.endswith("sinks"):
+            nn.init.constant_(p, -1e4)
+        elif not name.endswith(".sqk"):  # Dory's scale of queries, in units of its first value
+            nn.init.normal_(p, std=0.2)
     return model
 
 
@@ -204,13 +208,18 @@ every_family = pytest.mark.parametrize(
 @every_family
 def test_queries_and_keys_are_where_the_model_uses_them(family, tiny):
     found = find_projections(tiny.eval())
-    assert table_row(family, found) in PAGE.read_text(), f"run python tests/sparse/{Path(__file__).name}"
+    page = PAGE.read_text()
+    # Another release of transformers than the page's may have families that it does not list.
+    listed = f"| `{family}` |" in page or f"transformers {transformers.__version__.rpartition('.')[0]} " in page
+    assert not listed or table_row(family, found) in page, f"run python tests/sparse/{Path(__file__).name}"
     if family not in NO_WITNESS:
         ask_the_gradients(tiny, found, family)
 
 
 def ask_the_gradients(model: nn.Module, found: list[Projection], family: str) -> None:
     one, two = gradients(model, found, 1), gradients(model, found, 2)
+    # RemBERT and RoFormer of transformers 5.17 are not.
+    causal = torch.allclose(run(model, 1)[:, 0], run(model, 2)[:, 0], rtol=1e-3, atol=1e-3)
     for projection in found:
         q, k, dense = (rows(projection, kind) for kind in ("q", "k", None))
         g1, g2 = one[projection.name], two[projection.name]
@@ -219,7 +228,9 @@ def ask_the_gradients(model: nn.Module, found: list[Projection], family: str) ->
         assert (g1[..., q | k].abs() <= noise).all(), f"{projection.name}: queries and keys matter to one token"
         assert (g1[..., dense] != 0).all(), f"{projection.name}: dense rows do not matter"
         first = g2[:, 0, q].abs() <= noise
-        assert family in MIXED_TOKENS or first.all(), f"{projection.name}: the first token's query matters"
+        assert family in MIXED_TOKENS or not causal or first.all(), (
+            f"{projection.name}: the first token's query matters"
+        )
         assert (g2[:, 1, q] != 0).all(), f"{projection.name}: the second token's query does not matter"
         assert (g2[..., k] != 0).all(), f"{projection.name}: keys do not matter"
     if family in MIXED_HEADS:

@@ -34,6 +34,7 @@ SIZES = {
 }
 # Left to the config to derive anew.
 DERIVED = {"model_type", "transformers_version", "architectures", "dtype", "per_layer_config", "mlp_layer_types"}
+DERIVED |= {"_name_or_path", "output_attentions"}  # which DBRX of transformers 5.17 writes, but does not take
 
 # What the sizes above leave at odds, by family.
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_ssm": 64}
@@ -56,6 +57,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2},
     "dots3_note": {"layer_types": ["indexed_attention"] * 2},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
+    },
     "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": MAMBA,
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
