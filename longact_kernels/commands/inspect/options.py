@@ -1,6 +1,7 @@
 """The options of the commands that look into a model: `longact inspect` and `longact perturb`."""
 
 from longact_kernels.commands.console import Parser, at_least
+from longact_kernels.integrations.packaged import PACKAGED
 from longact_kernels.sparse.config import LongActConfig
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
@@ -10,7 +11,8 @@ STATISTICS = ("absmax", "l2")
 def model_parser(prog: str, description: str, batches: str) -> Parser:
     """A parser of the options that both take; `batches` says what the batches are for."""
     parser = Parser(prog, description=description)
-    parser.add_argument("model", metavar="MODEL", help="Hub name, local folder, folder of a training run, or smollm2")
+    names = f"Hub name, local folder, folder of a training run, {', or '.join(PACKAGED)}"
+    parser.add_argument("model", metavar="MODEL", help=names)
     parser.add_argument(
         "--text",
         nargs="+",

