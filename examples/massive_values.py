@@ -1,6 +1,6 @@
 """The statistics alone, the largest query and key channels of a model.
 
-python examples/massive_values.py [Hub name, folder, smollm2, or gemma3-270m]
+python examples/massive_values.py [Hub name, folder, smollm2, gemma3-270m]
 """
 
 import sys

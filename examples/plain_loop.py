@@ -1,4 +1,4 @@
-"""LongAct in a plain PyTorch loop: python examples/plain_loop.py [Hub name, folder, smollm2, or gemma3-270m]"""
+"""LongAct in a plain PyTorch loop: python examples/plain_loop.py [Hub name, folder, smollm2, gemma3-270m]"""
 
 import sys
 

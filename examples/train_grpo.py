@@ -1,4 +1,4 @@
-"""GRPO with LongAct on a reward of your own: python examples/train_grpo.py [Hub name, folder, smollm2, or gemma3-270m]"""
+"""GRPO with LongAct on a reward of your own: python examples/train_grpo.py [Hub name, folder, smollm2, gemma3-270m]"""
 
 import sys
 

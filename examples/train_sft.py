@@ -1,4 +1,4 @@
-"""LongAct in TRL's SFTTrainer, or any other Trainer: python examples/train_sft.py [Hub name, folder, smollm2, or gemma3-270m]"""
+"""LongAct in TRL's SFTTrainer, or any Trainer: python examples/train_sft.py [Hub name, folder, smollm2, gemma3-270m]"""
 
 import sys
 
