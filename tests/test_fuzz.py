@@ -186,11 +186,11 @@ def fuzz_files(seed: int, folder: Path) -> None:
 
 
 def fuzz_configs(seed: int, folder: Path) -> None:
-    from longact_kernels.commands.train.arguments import parse
+    from longact_kernels.commands.train.arguments import GRPOConfig, TrainArguments, parse
 
     rng = random.Random(seed)
-    options = ["density", "length", "lengths", "task", "model", "learning_rate", "max_steps", "output_dir",
-               "statistic", "num_generations", "temperature", "save_steps", "dataset", "reward", "no_such"]  # fmt: skip
+    names = [field.name for of in (TrainArguments, GRPOConfig) for field in dataclasses.fields(of)]
+    options = [*names, "no_such"]
     values = [
         "1",
         "0.5",
@@ -205,6 +205,11 @@ def fuzz_configs(seed: int, folder: Path) -> None:
         "'['",
         "2024-01-01",
         "!!python/x",
+        "[]",
+        "{}",
+        "'{'",
+        "''",
+        "1" + "0" * 400,
     ]
     lines = [f"{name}: {rng.choice(values)}" for name in rng.sample(options, rng.randint(0, 4))]
     if rng.random() < 0.3:
@@ -214,7 +219,7 @@ def fuzz_configs(seed: int, folder: Path) -> None:
     path = folder / f"{seed}.yaml"
     path.write_text("\n".join(lines))
     try:
-        parse(["--config", str(path), "--output_dir", str(folder / "out")])
+        parse(["--config", str(path), "--output_dir", str(folder / "out"), "--use_cpu", "true"])
     except SystemExit as error:
         assert error.code == 2
     except Exception as error:

@@ -63,6 +63,35 @@ def test_defaults_are_within_the_limits():
     assert out_of_limits(vars(parse(["--use_cpu", "true"])[1])) is None
 
 
+VALUES = {
+    "learning_rate": ("1e-6", "null"),
+    "seed": ("3", "null"),
+    "max_steps": ("3", "true"),
+    "save_steps": ("0.5", "2024-01-01"),
+    "gradient_accumulation_steps": ("2", "1.5"),
+    "gradient_checkpointing": ("false", "[1]"),
+    "report_to": ("[none]", "3"),
+    "run_name": ("'3'", "3"),
+    "lr_scheduler_type": ("cosine", "{a: 1}"),
+    "reward_weights": ("[1.0]", "1.0"),
+    "generation_kwargs": ("'{\"top_k\": 1}'", "'{'"),
+    "logging_steps": ("1", "1" + "0" * 400),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_of_a_file_are_of_the_options_types(tmp_path, name):
+    from longact_kernels.commands.train.arguments import parse
+
+    words = ["--config", str(tmp_path / "run.yaml"), "--use_cpu", "true"]
+    right, wrong = VALUES[name]
+    (tmp_path / "run.yaml").write_text(f"{name}: {right}")
+    parse(words)
+    (tmp_path / "run.yaml").write_text(f"{name}: {wrong}")
+    with pytest.raises(ValueError, match=f"{name}: got .*(needed|no JSON)"):
+        parse(words)
+
+
 def test_a_refused_command_leaves_nothing_that_refuses_the_corrected_one(model, tmp_path, refused):
     words = [
         "--model",

@@ -253,15 +253,16 @@ class TrainParser(Parser, TrlParser):
             description="Trains a model by RL with LongAct. Options are ours and those of TRL's GRPOConfig.",
         )
         self.argv, self.all = argv, False
+        self.untouched = {action.dest: action.default for action in self._actions}
         self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS)
         self.add_argument("--config", default=argparse.SUPPRESS, help="YAML file with options")
 
     def parse_known_args(self, args=None, namespace=None):
         # Before `GRPOConfig` is made, which computes with them.
         namespace, rest = super().parse_known_args(args, namespace)
-        for of in dataclasses.fields(GRPOConfig):
-            value = getattr(namespace, of.name, of.default)
-            if value != of.default and (wrong := of_another_type(of.name, value, TRLS[of.name])):
+        for name, value in vars(namespace).items():
+            given = name in TRLS and value != self.untouched[name]
+            if given and (wrong := of_another_type(name, value, TRLS[name])):
                 self.error(wrong)
         if wrong := out_of_limits(vars(namespace)):
             self.error(wrong)
