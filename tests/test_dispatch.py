@@ -23,10 +23,11 @@ def reference():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
 def test_cpu_tensors_run_the_cpu_code_where_there_is_some():
-    from longact_kernels.cpu.channel_stats import channel_stats
+    from longact_kernels.cpu.refresh import carry_
+    from longact_kernels.reference import refresh as defined
 
-    assert dispatch.implementation("channel_stats", torch.zeros(1), kernel, reference) is channel_stats
-    assert dispatch.implementation("no_such_op", torch.zeros(1), kernel, reference) is reference
+    assert dispatch.implementation("carry_", torch.zeros(1), kernel, defined.carry_) is carry_
+    assert dispatch.implementation("select", torch.zeros(1), kernel, defined.select) is defined.select
 
 
 def test_another_device_runs_the_reference_and_says_so_once(recwarn):

@@ -89,7 +89,10 @@ def carries(draw):
 @settings(deadline=None, max_examples=EXAMPLES)
 @given(problem=carries())
 def test_state_follows_its_channels(problem):
-    states, old, new, axis = problem
+    check_carry(*problem)
+
+
+def check_carry(states, old, new, axis):
     expected = []
     for layer, before, after in zip(states, old, new, strict=True):
         place = {channel: slot for slot, channel in enumerate(before.tolist()) if channel >= 0}

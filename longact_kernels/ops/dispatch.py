@@ -50,16 +50,16 @@ def device_code(kernel: str) -> Any:
 
 
 @functools.cache
-def _cpu(op: str) -> Callable | None:
-    module = f"longact_kernels.cpu.{op.rstrip('_')}"
-    return getattr(importlib.import_module(module), op) if importlib.util.find_spec(module) else None
+def _cpu(op: str, reference: str) -> Callable | None:
+    module = reference.replace(".reference.", ".cpu.")  # files of one kernel have one name
+    return getattr(importlib.import_module(module), op, None) if importlib.util.find_spec(module) else None
 
 
 def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callable) -> Callable:
     """The function that runs `op` on `tensor`'s device; all of them take the same arguments.
 
     Args:
-        op: the op's name, such as "sparse_adamw_"; its CPU code is `longact_kernels.cpu.sparse_adamw.sparse_adamw_`.
+        op: the op's name, such as "carry_"; its CPU code, if there is any, is `longact_kernels.cpu.refresh.carry_`.
         tensor: the argument that decides.
         kernel: the launcher of the Triton kernel.
         reference: the definition in plain PyTorch.
@@ -67,7 +67,7 @@ def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callabl
     if runs_triton(tensor):
         return functools.partial(launch, tensor, kernel)
     if tensor.is_cpu:
-        return _cpu(op) or reference
+        return _cpu(op, reference.__module__) or reference
     warn_reference(op, tensor.device.type)
     return reference
 

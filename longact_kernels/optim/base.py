@@ -428,9 +428,13 @@ class SalientOptimizer(Optimizer, ABC):
             torch._foreach_copy_(old, new)
             chosen = torch._foreach_clamp_min(new, 0)
             for (p, state, _), kept, rows in zip(entries, stays, chosen, strict=True):
-                if "master" in state:
-                    master, fresh = state["master"], local(p.detach()).index_select(dim, rows)
-                    torch.where(kept.unsqueeze(1 - dim), master, fresh, out=master)
+                if "master" not in state:
+                    continue
+                master, weight = state["master"], local(p.detach())
+                if not kept.is_cpu:
+                    torch.where(kept.unsqueeze(1 - dim), master, weight.index_select(dim, rows), out=master)
+                elif len(came := (~kept).nonzero().flatten()):  # the host may look there, and copy these alone
+                    master.index_copy_(dim, came, weight.index_select(dim, rows[came]).float())
 
     def _follow_weights(self, params: list[Any]) -> None:
         """Takes what somebody else has written to a weight over into its master: a checkpoint, an average, a bound."""

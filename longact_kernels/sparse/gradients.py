@@ -46,7 +46,15 @@ def nonfinite(tensors: Iterable[Tensor]) -> Tensor:
     for dtype in {one.dtype for one in parts}:  # those of one dtype take few launches together
         alike = [i for i, one in enumerate(parts) if one.dtype == dtype and one.numel()]
         if alike:
-            largest = torch.stack(torch._foreach_norm([parts[i] for i in alike], float("inf")))
-            for i, bad in zip(alike, (~largest.isfinite()).unbind(), strict=True):
+            extremes = _extremes([parts[i] for i in alike])
+            for i, bad in zip(alike, (~extremes.isfinite()).any(1).unbind(), strict=True):
                 flags[i] = bad
     return torch.stack(flags)
+
+
+def _extremes(tensors: list[Tensor]) -> Tensor:
+    """Of each tensor the numbers farthest from zero, [tensors, 1 or 2]; NaN where it holds one."""
+    if tensors[0].is_cpu and not tensors[0].is_complex():
+        # ATen's largest magnitude takes twenty times as long there.
+        return torch.stack([torch.stack(torch.aminmax(one)) for one in tensors])
+    return torch.stack(torch._foreach_norm(tensors, float("inf"))).unsqueeze(1)
