@@ -29,8 +29,9 @@ class Log(TrainerCallback):
         self.records.append(dict(logs))
 
 
-def trainer(folder, prompts=("one", "three"), longact=True, **config):
+def trainer(folder, prompts=("one", "three"), longact=True, options=None, **config):
     model = tiny.model()
+    controller = LongAct(model, **(options or {})) if longact is True else None
     args = GRPOConfig(
         output_dir=str(folder),
         **{
@@ -50,7 +51,7 @@ def trainer(folder, prompts=("one", "three"), longact=True, **config):
         },
     )
     made = LongActGRPOTrainer(
-        **({} if longact == "made by the trainer" else {"longact": LongAct(model) if longact else None}),
+        **({} if longact == "made by the trainer" else {"longact": controller}),
         optimizer_options={"state": "compact"},
         model=model,
         args=args,
@@ -111,6 +112,30 @@ def test_the_gradient_norm_is_that_of_the_masked_gradients(tmp_path):
     rl.add_callback(log)
     rl.train()
     assert [record["grad_norm"] for record in log.records if "reward" in record] == pytest.approx(norms, rel=1e-5)
+
+
+def test_all_linear_layers_train_with_compact_gradients_as_with_whole_ones(tmp_path):
+    """Of two micro-batches, clipped."""
+    runs, norms = [], []
+    for grad in ("compact", "full"):
+        log = Log()
+        options = {"target_modules": "all-linear", "density": {"mlp": 0.1, "": 0.3}, "grad": grad}
+        steps = {"max_steps": 3, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+        rl = trainer(tmp_path, options=options, max_grad_norm=0.05, **steps)
+        rl.add_callback(log)
+        rl.train()
+        runs.append(rl)
+        norms.append([record["grad_norm"] for record in log.records if "reward" in record])
+    compact, full = runs
+    assert compact.longact.compact is not None and compact.longact.steps == 3
+    assert min(norms[0]) > 0.05 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for name, index in full.longact.sets.items():
+        assert torch.equal(compact.longact.sets[name], index), name
+    before = dict(tiny.model().named_parameters())
+    for (name, p), q in zip(compact.model.named_parameters(), full.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        if name.removesuffix(".weight") in full.longact.layers:
+            assert 0 < (p != before[name]).any(1).sum() < len(p), name
 
 
 @pytest.mark.parametrize("longact", [True, "made by the trainer"])
