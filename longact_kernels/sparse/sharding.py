@@ -214,9 +214,13 @@ def spread(held: Tensor, places: Tensor, size: int, dim: int, weight: Any, chann
     shape[dim] = size
     whole = held.new_zeros(shape).index_copy_(dim, places, held)
     split = [shard_dim(one) for one in weight.placements]
-    other = Shard(1 - dim) if held.ndim > 1 else Replicate()
-    added = [Replicate() if of is None else Partial() if of == channels else other for of in split]
-    placed = [Replicate() if of is None else Shard(dim) if of == channels else other for of in split]
+    # Along the other dimension as the weight is: FSDP2 over tensor parallelism shards it in another order than `Shard`.
+    others = weight.placements if held.ndim > 1 else [Replicate()] * len(split)
+    added = [
+        Replicate() if of is None else Partial() if of == channels else other
+        for of, other in zip(split, others, strict=True)
+    ]
+    placed = [Shard(dim) if one.is_partial() else one for one in added]
     if held.ndim > 1:
         shape[1 - dim] = weight.shape[1 - channels]
     stride = torch.empty(shape, device="meta").stride()

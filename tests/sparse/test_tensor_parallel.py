@@ -1,10 +1,18 @@
 """Ranks that each compute some of a layer's channels, also under FSDP2: against one process on the whole batch."""
 
+import copy
+
 import pytest
 import torch
 from models import tiny_model, tokens
 from ranks import on_ranks
 from situations import HYPER, loss_of, saliencies, sets
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -22,22 +30,35 @@ FORMS = {
 }
 
 
-def train(model, longact, batches, size=1):
-    optimizer = SalientAdamW(model.parameters(), **{**HYPER, "eps": 1e-2})
-    for ids in batches:
-        (size * loss_of(model(input_ids=ids).logits, ids)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+RELOADED = {"rows": {}, "columns": {"axis": "columns"}, "model": {"scope": "model", "statistic": "l2"}}
+
+
+def train(model, longact, batches, size=1, state="full", reloads=False):
+    optimizer = SalientAdamW(model.parameters(), **{**HYPER, "eps": 1e-2}, state=state)
+
+    def steps(batches):
+        for ids in batches:
+            (size * loss_of(model(input_ids=ids).logits, ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(batches[:2])
+    if reloads:
+        weights, saved = copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)))
+        steps(batches[:1])  # to be taken back
+        set_model_state_dict(model, weights)
+        set_optimizer_state_dict(model, optimizer, saved)
+    steps(batches[2:])
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return {"sets": sets(longact), "saliency": saliencies(longact), "weights": [w.detach() for w in weights]}
 
 
-def whole(options):
+def whole(options, **form):
     model = tiny_model(FAMILY)
-    return train(model, LongAct(model, **options), [tokens(4, seed=step) for step in range(3)])
+    return train(model, LongAct(model, **options), [tokens(4, seed=step) for step in range(3)], **form)
 
 
-def parallel(options, mesh, first):
+def parallel(options, mesh, first, **form):
     """On a mesh of ("data", "model") with FSDP2, or of ("model",) alone."""
     model = tiny_model(FAMILY)
     longact = LongAct(model, **options) if first else None
@@ -50,12 +71,15 @@ def parallel(options, mesh, first):
         fully_shard(model, mesh=mesh["data"])
     size, part = (mesh["data"].size(), mesh.get_local_rank("data")) if several else (1, 0)
     batches = [tokens(4, seed=step).chunk(size)[part] for step in range(3)]
-    return train(model, longact or LongAct(model, **options), batches, size)
+    return train(model, longact or LongAct(model, **options), batches, size, **form)
 
 
 def _square(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
-    return {name: parallel(options, mesh, name == "l2") for name, options in FORMS.items()}
+    found = {name: parallel(options, mesh, name == "l2") for name, options in FORMS.items()}
+    for name, options in RELOADED.items():
+        found[name, "reloaded"] = parallel(options, mesh, False, state="compact", reloads=True)
+    return found
 
 
 def _line(rank, folder):
@@ -109,3 +133,9 @@ def of_square():
 def test_fsdp2_over_tensor_parallel_ranks_trains_as_one_process(of_square, name):
     for found in of_square:
         assert_same(found[name], whole(FORMS[name]))
+
+
+@pytest.mark.parametrize("name", RELOADED)
+def test_compact_state_is_saved_and_loaded_on_both(of_square, name):
+    for found in of_square:
+        assert_same(found[name, "reloaded"], whole(RELOADED[name], state="compact"))
