@@ -4,6 +4,7 @@ Docstrings give equivalent torch code. `sparse_adamw_` and `carry_` change tenso
 Only `salient_linear` and `observe` are differentiable.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from longact_kernels.ops import carry_, channel_stats, linear_stats, salient_wgrad, select, sparse_adamw_
 from longact_kernels.ops.arguments import check_tensor
+from longact_kernels.ops.channel_stats import measure
+from longact_kernels.ops.linear_stats import may_fuse
+from longact_kernels.ops.salient_wgrad import multiply
 
 __all__ = [
     "RunningStats",
@@ -106,9 +110,10 @@ def observe(
         TypeError, ValueError: for arguments that do not fit, naming them.
     """
     check_tensor("y", y)
-    check_tensor("channels", y if channels is None else channels, y.device)
-    _check_stats(stats, (y if channels is None else channels).shape[-1:])
-    return _Observe.apply(y, stats, mask, cu_seqlens, (y if channels is None else channels).detach())
+    measured = y if channels is None else channels
+    check_tensor("channels", measured, y.device)
+    _check_stats(stats, measured.shape[-1])
+    return _Observe.apply(y, stats, mask, cu_seqlens, measured.detach())
 
 
 class Target(Protocol):
@@ -155,19 +160,23 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, l2, mask, cu_seqlens):
         matrix = weight.t() if target.transposed else weight
-        # On the node itself, not among its saved tensors: where non-reentrant checkpointing repeats the forward and
-        # refills those, these stay what the first one measured, with the tokens of its own call.
-        ctx.target, ctx.measured = target, ()
-        if l2 is None:
-            y = torch.nn.functional.linear(x, matrix, bias)
-        elif target.axis == "rows":
+        measured: Sequence[Tensor] = ()
+        along_rows = target.axis == "rows"
+        if not along_rows:
+            check_tensor("x", x)  # of which kernels read the channels
+        if l2 is not None and along_rows and may_fuse():
             # Packed sequences are measured as rows of tokens; what is saved keeps one shape, packed or not.
             tokens = x if cu_seqlens is None else x.flatten(0, -2)
-            y, *ctx.measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
+            y, *measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
             y = y if tokens is x else y.view(*x.shape[:-1], len(matrix))
         else:
             y = torch.nn.functional.linear(x, matrix, bias)
-            ctx.measured = channel_stats(x if cu_seqlens is None else x.flatten(0, -2), mask, cu_seqlens, l2)
+            if l2 is not None:
+                tokens = y if along_rows else x
+                measured = measure(tokens if cu_seqlens is None else tokens.flatten(0, -2), mask, cu_seqlens, l2)
+        # On the node itself, not among its saved tensors: where non-reentrant checkpointing repeats the forward and
+        # refills those, these stay what the first one measured, with the tokens of its own call.
+        ctx.target, ctx.measured = target, measured
         ctx.save_for_backward(x, weight)
         return y
 
@@ -191,20 +200,20 @@ class _Project(torch.autograd.Function):
         dx = dw = db = None
         if x_needs:
             dx = torch.mm(dy2, weight.t() if transposed else weight)
-            dx = dx if x2 is x else dx.view(x.shape)
+            dx = dx if x2 is x else dx.view_as(x)
         if weight_needs and counts:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
             if index is None:
                 dw = x2.T @ dy2 if transposed else (x2.T @ dy2).T
             else:
+                check_tensor("dy", dy)
                 # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
                 along: Axis = "columns" if (target.axis == "columns") != transposed else "rows"
                 left, right = (x2, dy2) if transposed else (dy2, x2)
                 if (into := target.accumulator()) is None:
-                    dw = salient_wgrad(left, right, index, along)
+                    dw = multiply(left, right, index, along)
                 else:
-                    out, add = into
-                    salient_wgrad(left, right, index, along, compact=True, out=out, accumulate=add)
+                    multiply(left, right, index, along, True, *into)
         if bias_needs:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None
@@ -288,30 +297,31 @@ def salient_linear(
 
 
 def _check_linear(x, weight, bias, rows, stats, axis, transposed, grad) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        check_tensor(name, tensor, None if tensor is x else x.device)
+    check_tensor("x", x)
+    device, dtype = x.device, x.dtype
+    check_tensor("weight", weight, device)
     if axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[not transposed] or x.dtype != weight.dtype:
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[not transposed] or dtype != weight.dtype:
         raise ValueError(
-            f"x, weight: got {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, needed [..., T, K] and "
+            f"x, weight: got {dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, needed [..., T, K] and "
             f"{'[K, N]' if transposed else '[N, K]'} of one dtype"
         )
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x: got {x.dtype}, needed fp32, fp16 or bf16")
+    if not dtype.is_floating_point:
+        raise ValueError(f"x: got {dtype}, needed fp32, fp16 or bf16")
     N, K = weight.shape[::-1] if transposed else weight.shape
     if bias is not None:
-        check_tensor("bias", bias, x.device)
-        if bias.shape != (N,) or bias.dtype != x.dtype:
-            raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, needed {x.dtype} [{N}]")
+        check_tensor("bias", bias, device)
+        if bias.shape != (N,) or bias.dtype != dtype:
+            raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, needed {dtype} [{N}]")
     if rows is not None:
-        check_tensor("rows", rows, x.device)
+        check_tensor("rows", rows, device)
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}, needed torch.int64 [S]")
     if stats is not None:
-        _check_stats(stats, (N if axis == "rows" else K,))
+        _check_stats(stats, N if axis == "rows" else K)
     if grad is not None:
-        check_tensor("grad", grad, x.device)
+        check_tensor("grad", grad, device)
         shape = None if rows is None else [len(rows), K] if axis == "rows" else [N, len(rows)]
         if shape is None or list(grad.shape) != (shape[::-1] if transposed else shape) or grad.dtype != torch.float32:
             raise ValueError(
@@ -319,17 +329,19 @@ def _check_linear(x, weight, bias, rows, stats, axis, transposed, grad) -> None:
             )
 
 
-def _check_stats(stats: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(stats, RunningStats):
-        if not hasattr(stats, "merge_"):
-            raise TypeError(f"stats: got a {type(stats).__name__}, needed RunningStats")
-        return
-    for name, tensor, needed in zip(stats._fields, stats, (shape, shape, ()), strict=True):
-        if tensor is None and (name == "l2_sum" or stats.l2_sum is None):
-            continue
-        check_tensor(f"stats.{name}", tensor, stats.absmax.device)
-        assert tensor is not None
-        if tensor.shape != needed or tensor.dtype != torch.float32:
-            raise ValueError(
-                f"stats.{name}: got {tensor.dtype} {list(tensor.shape)}, needed torch.float32 {list(needed)}"
-            )
+def _check_stats(stats: Any, channels: int) -> None:
+    if isinstance(stats, RunningStats):
+        absmax, l2_sum, sequences = stats
+        _check_stat("stats.absmax", absmax, channels)
+        if l2_sum is not None:
+            _check_stat("stats.l2_sum", l2_sum, channels, absmax.device)
+            _check_stat("stats.sequences", sequences, None, absmax.device)
+    elif not hasattr(stats, "merge_"):
+        raise TypeError(f"stats: got a {type(stats).__name__}, needed RunningStats")
+
+
+def _check_stat(name: str, tensor: Any, channels: int | None, device: torch.device | None = None) -> None:
+    check_tensor(name, tensor, device)
+    shape = () if channels is None else (channels,)
+    if tensor.shape != shape or tensor.dtype != torch.float32:
+        raise ValueError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, needed torch.float32 {list(shape)}")

@@ -22,13 +22,15 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> N
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got a {type(value).__name__}, needed a tensor")
-    # A compiler can trace neither question, and copies negated views by itself.
-    if not torch.compiler.is_compiling() and value.layout is not torch.strided:
-        raise ValueError(f"{name}: got a tensor of layout {value.layout}, needed a strided one, as to_dense() gives")
-    if not torch.compiler.is_compiling() and value.is_neg():
-        raise ValueError(
-            f"{name}: got a view that is negated where it is read, needed its values, as resolve_neg() gives"
-        )
+    if not torch.compiler.is_compiling():  # which can trace neither question, and copies negated views by itself
+        if value.layout is not torch.strided:
+            raise ValueError(
+                f"{name}: got a tensor of layout {value.layout}, needed a strided one, as to_dense() gives"
+            )
+        if value.is_neg():
+            raise ValueError(
+                f"{name}: got a view that is negated where it is read, needed its values, as resolve_neg() gives"
+            )
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got one on {value.device}, needed {device}, where the other tensors lie")
 

@@ -1,6 +1,8 @@
 """`longact::channel_stats`: absmax and per-sequence sums of squares of an activation, from one read."""
 
 import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from longact_kernels.ops.arguments import check_tensor
 from longact_kernels.ops.device import target
 from longact_kernels.ops.dispatch import device_code, implementation, library, runs_at_once
 from longact_kernels.reference.channel_stats import channel_stats as _reference
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def channel_stats(
@@ -38,7 +42,12 @@ def channel_stats(
         TypeError, ValueError: for arguments that do not fit, naming them; on a CPU for such bounds too.
     """
     check_tensor("y", y)
-    if y.ndim == 0 or y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    return measure(y, mask, cu_seqlens, l2)
+
+
+def measure(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
+    """`channel_stats` of an activation that is known to be a strided tensor."""
+    if y.dtype not in _FLOATS or y.ndim == 0:
         raise ValueError(f"y: got {y.dtype} {list(y.shape)}, needed fp32, fp16 or bf16 [..., T, N]")
     check_tokens("y", y, mask, cu_seqlens)
     run = _run if runs_at_once(y) else torch.ops.longact.channel_stats.default
@@ -79,57 +88,58 @@ def _run(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) ->
 @torch.library.register_fake("longact::channel_stats")
 def _(y, mask, cu_seqlens, l2):
     N = y.shape[-1]
-    B = _sequences(y, cu_seqlens) if l2 else 0
+    B = 0 if not l2 else y.shape[:-2].numel() if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return y.new_empty(N, dtype=torch.float32), y.new_empty((B, N), dtype=torch.float32)
 
 
-def _sequences(y: Tensor, cu_seqlens: Tensor | None) -> int:
-    return y.shape[:-2].numel() if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
-    kernels = device_code("channel_stats")
-    B, N, T = _sequences(y, cu_seqlens), y.shape[-1], y.shape[-2] if y.ndim > 1 else 1
+    if y.ndim not in (2, 3):
+        y = y.unsqueeze(0) if y.ndim == 1 else y.flatten(0, -3)
+    if y.stride(-1) != 1:
+        y = y.contiguous()
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
+    packed = None
+    if cu_seqlens is not None:
+        cu_seqlens, packed = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+    kernels, B, N, pieces, blocks, sizes, strides, config, no_sums = _plan(
+        y.shape, y.stride(), y.itemsize, y.device, y.data_ptr() % 16 == 0, packed
+    )
     absmax = y.new_empty(N, dtype=torch.float32)
-    sumsq = y.new_empty((B, N), dtype=torch.float32) if l2 else _no_sums(N, y.device)
-    if 0 in (B, T, N):
+    sumsq = y.new_empty(B, N, dtype=torch.float32) if l2 else no_sums
+    if not pieces:
         return absmax.zero_(), sumsq.zero_()
-
-    y = y if y.stride(-1) == 1 else y.contiguous()
-    y = y if y.ndim == 3 or (B == 1 and y.ndim == 2) else y.reshape(-1, T, N)
-    stride_yb, stride_ym = y.stride(0), y.stride(-2)
-    mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    is_aligned = y.data_ptr() % 16 == 0 and N % 16 == stride_yb % 16 == stride_ym % 16 == 0
-    chunk, chunks, pieces, blocks, config = _launch(
-        target(y.device), y.itemsize, is_aligned, cu_seqlens is not None, B, T, N
-    )
-    partial = y.new_empty((2, pieces, N), dtype=torch.float32)
-    kernels.channel_stats_partial[(pieces, blocks)](
-        y, mask, cu_seqlens, partial, B, T, N, pieces, chunk, chunks, stride_yb, stride_ym, **config
-    )
-    kernels.channel_stats_merge[(1 + B if l2 else 1, blocks)](
-        partial, cu_seqlens, absmax, sumsq, T, N, pieces, chunk, chunks, **kernels.MERGE
-    )
+    partial = y.new_empty(2, pieces, N, dtype=torch.float32)
+    kernels.channel_stats_partial[pieces, blocks](y, mask, cu_seqlens, partial, B, *sizes, *strides, **config)
+    kernels.channel_stats_merge[1 + B if l2 else 1, blocks](partial, cu_seqlens, absmax, sumsq, *sizes, **kernels.MERGE)
     return absmax, sumsq
 
 
 @functools.lru_cache(maxsize=1024)
-def _no_sums(N: int, device: torch.device) -> Tensor:
-    """What a call without sums of squares returns: to make a tensor takes the host as long as a launch."""
-    with torch.inference_mode(False):  # whoever asks first, all may use it
-        return torch.empty(0, N, device=device)
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...], itemsize: int, device: torch.device, aligned: bool, packed: int | None
+) -> tuple[Any, int, int, int, int, tuple[int, ...], tuple[int, int], dict[str, int], Tensor]:
+    """What is the same for all activations of a layout: the kernels, B, N, pieces of tokens (0: nothing to do), blocks
+    of channels, the sizes that both kernels take, strides, the tile, and what is returned for sums that nobody takes.
 
-
-@functools.lru_cache(maxsize=1024)
-def _launch(
-    target: str, itemsize: int, aligned: bool, packed: bool, B: int, T: int, N: int
-) -> tuple[int, int, int, int, dict[str, int]]:
-    """Tokens of a piece, pieces of an unpacked sequence and of all, blocks of channels, and the tile."""
-    from longact_kernels.csrc_triton import channel_stats as kernels
-
-    chunk = kernels.chunk_of(T if packed else B * T, N)
+    Args:
+        shape, strides, itemsize, device: of the activation.
+        aligned: whether it begins at a multiple of 16 bytes.
+        packed: how many packed sequences it has; None for others.
+    """
+    kernels = device_code("channel_stats")
+    *rows, T, N = shape
+    B = math.prod(rows) if packed is None else packed
+    chunk = kernels.chunk_of(B * T if packed is None else T, N)
     chunks = -(-T // chunk)
     # Every bound between two packed sequences may cut a piece in two.
-    pieces = chunks + B - 1 if packed else B * chunks
-    return chunk, chunks, pieces, -(-N // kernels.BLOCK_N), kernels.partial_config(target, itemsize, aligned)
+    pieces = B * chunks if packed is None else chunks + B - 1
+    pieces = pieces if B and T and N else 0
+    stride_yb, stride_ym = strides[0], strides[-2]
+    aligned = aligned and N % 16 == stride_yb % 16 == stride_ym % 16 == 0
+    with torch.inference_mode(False):  # whoever asks first, all may use it
+        no_sums = torch.empty(0, N, device=device)
+    return (
+        kernels, B, N, pieces, -(-N // kernels.BLOCK_N), (T, N, pieces, chunk, chunks), (stride_yb, stride_ym),
+        kernels.partial_config(target(device), itemsize, aligned), no_sums,
+    )  # fmt: skip

@@ -65,7 +65,7 @@ def implementation(op: str, tensor: Tensor, kernel: Callable, reference: Callabl
         reference: the definition in plain PyTorch.
     """
     if runs_triton(tensor):
-        return functools.partial(launch, tensor, kernel)
+        return kernel if is_current(tensor) else functools.partial(launch, tensor, kernel)
     if tensor.is_cpu:
         return _cpu(op, reference.__module__) or reference
     warn_reference(op, tensor.device.type)

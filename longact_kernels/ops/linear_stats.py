@@ -105,6 +105,11 @@ def _(x, weight, bias, mask, cu_seqlens, l2, impl):
     return x.new_empty(*x.shape[:-1], N), *(x.new_empty(shape, dtype=torch.float32) for shape in ((N,), (B, N)))
 
 
+def may_fuse() -> bool:
+    """Whether there may be a shape for which "auto" is "fused"."""
+    return torch.compiler.is_compiling() or bool(impl_table.measured())
+
+
 def _choose(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> impl_table.Impl:
     if not (x.is_cuda and runs_triton(x) and impl_table.measured()):
         return "separate"

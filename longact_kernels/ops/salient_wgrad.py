@@ -1,7 +1,8 @@
 """`longact::salient_wgrad`: the weight gradient of the salient rows or columns only."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,10 +74,7 @@ def salient_wgrad(
         raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}, needed torch.int64 [S]")
     if accumulate and out is None:
         raise ValueError("accumulate: needs `out`, the gradient to add to")
-    if out is None:
-        run = _run if runs_at_once(dy) else torch.ops.longact.salient_wgrad.default
-        dw = run(dy, x, rows, axis, compact)
-    else:
+    if out is not None:
         check_tensor("out", out, device)
         shape = [dy.shape[1], x.shape[1]]
         if compact:
@@ -87,10 +85,20 @@ def salient_wgrad(
                 f"out: got {out.dtype} {list(out.shape)} with strides {out.stride()}, "
                 f"needed {dtype} {shape} with rows contiguous, each at a place of its own"
             )
-        write = _write if runs_at_once(out) else torch.ops.longact.salient_wgrad_.default
-        write(out, dy, x, rows, axis, compact, accumulate)
-        dw = out
+    dw = multiply(dy, x, rows, axis, compact, out, accumulate)
     return (dw, dy.sum(0)) if bias else dw
+
+
+def multiply(
+    dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool = False, out: Tensor | None = None, accumulate=False
+) -> Tensor:
+    """`salient_wgrad` of arguments that are known to fit."""
+    at_once = runs_at_once(dy)
+    if out is None:
+        return (_run if at_once else torch.ops.longact.salient_wgrad.default)(dy, x, rows, axis, compact)
+    write = _write if at_once else torch.ops.longact.salient_wgrad_.default
+    write(out, dy, x, rows, axis, compact, accumulate)
+    return out
 
 
 library.define("salient_wgrad(Tensor dy, Tensor x, Tensor rows, str axis, bool compact) -> Tensor")
@@ -130,39 +138,52 @@ def _implementation(dy: Tensor) -> Callable[..., Tensor]:
 def _kernels(
     dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool
 ) -> Tensor:
-    kernels = device_code("salient_wgrad")
-    (M, N), K, S = dy.shape, x.shape[1], rows.shape[0]
-    columns = axis == "columns"
+    kernels, (R, C), P, sizes, packing, scattering, config = _plan(
+        dy.shape, x.shape, rows.shape[0], dy.itemsize, axis, compact
+    )
     fill = not accumulate and (compact or out is None)
     if out is None:
-        shape = (N, K) if not compact else (N, S) if columns else (S, K)
-        out = dy.new_empty(shape, dtype=torch.float32 if compact else dy.dtype)
-    if not (N and K and S):
+        out = dy.new_empty(R, C, dtype=torch.float32 if compact else dy.dtype)
+    if not scattering:
         return out.zero_() if fill else out
 
+    left, right = dy, x
+    if P:
+        source = x if axis == "columns" else dy
+        source = source if source.stride(1) == 1 else source.contiguous()
+        packed = source.new_empty(source.shape[0], P)
+        if packing:
+            kernels.pack_kernel[packing](
+                source, rows, packed, *source.shape, sizes[0], P, source.stride(0), **kernels.PACK_CONFIG
+            )
+        left, right = (dy, packed) if axis == "columns" else (packed, x)
+    product = _product(left.t(), right, wide=compact or accumulate)
+    kernels.scatter_kernel[scattering](
+        product, rows, out, R, C, *sizes, product.stride(0), out.stride(0), ACCUMULATE=accumulate, FILL=fill, **config
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(dy: torch.Size, x: torch.Size, S: int, itemsize: int, axis: str, compact: bool) -> tuple[Any, ...]:
+    """What is the same for all tensors of such shapes.
+
+    Returns:
+        The kernels; the shape of the result; how many channels are packed, 0 for none; S, channels and the bits of S;
+        the grids that pack and write, None where there is nothing to do; and the options of the latter.
+    """
+    kernels = device_code("salient_wgrad")
+    (M, N), K, columns = dy, x[1], axis == "columns"
     channels, other = (K, N) if columns else (N, K)
+    shape = (N, K) if not compact else (N, S) if columns else (S, K)
     # A multiple of 16 channels keeps every access aligned, whatever the size of the set.
     P = -(-S // 16) * 16
-    packs = kernels.pays(M, channels, P, other, dy.itemsize)
-    left, right = dy, x
-    if packs:
-        source = x if columns else dy
-        source = source if source.stride(1) == 1 else source.contiguous()
-        packed = source.new_empty(M, P)
-        if M:
-            config = kernels.PACK_CONFIG
-            grid = -(-M // config["BLOCK_M"]) * -(-P // config["BLOCK_S"])
-            kernels.pack_kernel[(grid,)](source, rows, packed, M, channels, S, P, source.stride(0), **config)
-        left, right = (dy, packed) if columns else (packed, x)
-    product = _product(left.t(), right, wide=compact or accumulate)
-
-    R, C = out.shape
-    config = kernels.SCATTER_CONFIG[axis]
-    kernels.scatter_kernel[kernels.scatter_grid(R, C, columns, config["BLOCK_C"])](
-        product, rows, out, R, C, S, channels, S.bit_length(), product.stride(0), out.stride(0),
-        COLUMNS=columns, COMPACT=compact, WHOLE=not packs, ACCUMULATE=accumulate, FILL=fill, **config,
-    )  # fmt: skip
-    return out
+    packs = kernels.pays(M, channels, P, other, itemsize)
+    pack, scatter = kernels.PACK_CONFIG, kernels.SCATTER_CONFIG[axis]
+    packing = (-(-M // pack["BLOCK_M"]) * -(-P // pack["BLOCK_S"]),) if M else None
+    scattering = kernels.scatter_grid(*shape, columns, scatter["BLOCK_C"]) if N and K and S else None
+    config = dict(COLUMNS=columns, COMPACT=compact, WHOLE=not packs, **scatter)
+    return kernels, shape, P if packs else 0, (S, channels, S.bit_length()), packing, scattering, config
 
 
 def _product(left: Tensor, right: Tensor, wide: bool) -> Tensor:

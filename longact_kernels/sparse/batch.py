@@ -42,16 +42,14 @@ class Pass:
         """Forgets the passes: a step has used them, or they were dropped."""
         self.came, self.version = False, None
 
-    def begin(self, without: list[Tensor]) -> None:
-        """Says that a backward has come.
+    def look_for_witness(self, without: list[Tensor]) -> None:
+        """Called when a backward begins.
 
         Args:
-            without: what had no gradient when it began, of the parameters that get one beside compact ones.
+            without: what had no gradient then, of the parameters that get one beside compact ones.
         """
-        if self.witness is None:
-            candidates = without if self.own is None else [self.own]
-            self._without = [p for p in candidates if p.grad is None]
-        self.came = True
+        candidates = without if self.own is None else [self.own]
+        self._without = [p for p in candidates if p.grad is None]
 
     def end(self) -> Tensor | None:
         """Looks at the witness after a backward; returns its gradient if whether that is zero is worth knowing."""
@@ -187,7 +185,9 @@ class Batch:
             self.task = task
             if task != -1:
                 torch.autograd.Variable._execution_engine.queue_callback(self._ended)  # type: ignore[attr-defined]
-        own.begin(self.without)
+        if own.witness is None:
+            own.look_for_witness(self.without)
+        own.came = True
         return task != -1
 
     def drop_zeroed(self, begins: bool = False) -> None:

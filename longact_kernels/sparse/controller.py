@@ -329,7 +329,9 @@ class LongAct:
         self._statistics.merge_waiting()
 
     def _drop_zeroed(self, zeroed: list[Pass]) -> None:
-        self.drop([layer for layer in self.layers.values() if layer.salient.passes in zeroed])
+        ids = set(map(id, zeroed))
+        every = len(ids) == len(self.layers)
+        self.drop(None if every else [layer for layer in self.layers.values() if id(layer.salient.passes) in ids])
 
     def zero_grad(self, ids: set[int] | None = None) -> None:
         """Clears compact gradients, and drops the batch that the gradients came from out of the statistics.

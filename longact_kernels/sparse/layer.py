@@ -12,6 +12,8 @@ from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import is_sharded
 from longact_kernels.sparse.tensor_parallel import project_part, wrapped_forward
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class SalientLayer(nn.Module):
     """A linear layer with a salient set."""
@@ -29,24 +31,25 @@ class SalientLayer(nn.Module):
             # A block that reentrant checkpointing will repeat runs without gradients.
             salient.call.unrecorded |= self.training and not torch.is_grad_enabled()
             return salient.plain.forward(self, x)
-        if type(weight) is not nn.Parameter and not isinstance(weight, nn.Parameter):
+        plain = type(weight) is nn.Parameter  # seen at once, as nearly always
+        if not plain and not isinstance(weight, nn.Parameter):
             raise RuntimeError(
                 f"LongAct: the weight of {salient.name} is no parameter of its layer any more (flattened by FSDP1, "
                 "made by a parametrisation, given by torch.func); use FSDP2 (fully_shard), plain weights, or restore()"
             )
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if weight.dtype not in _DTYPES:
             raise RuntimeError(f"LongAct: the weight of {salient.name} is {weight.dtype}; needed float32 or 16 bits")
         if torch.is_autocast_enabled(x.device.type):
             # Autocast does not look inside an autograd.Function: cast as it casts for F.linear.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        tokens = salient.call.tokens_now() if salient.stats is not None else None
+        stats = salient.stats
         counted: tuple = ()
-        if tokens is not None:
-            l2 = salient.stats.l2
+        if stats is not None and (tokens := salient.call.tokens_now()) is not None:
+            l2 = stats.l2
             counted = (l2, None, None) if salient.routed else (l2, *tokens.of(x, l2, salient.name))
-        if is_sharded(weight):
+        if not plain and is_sharded(weight):
             return project_part(x, weight, bias, salient, *counted)
         return project(x, weight, bias, salient, *counted)
 

@@ -399,6 +399,22 @@ def _gather(source, is_bf16, start, places, count, buffer):
 
 
 @njit
+def _gather_ahead(source, is_bf16, start, places, count, buffer, stride):
+    """`_gather` that asks for all lines of the next row: hardware does not look ahead where some are left out."""
+    half, single = advance(uint16_at(source), start), advance(float32_at(source), start)
+    line = places[0] // _LINE * _LINE
+    for k in range(count):
+        place = places[k]
+        if is_bf16:
+            buffer[k] = float_of(half[place])
+        else:
+            buffer[k] = single[place]
+        while line <= place:
+            _prefetch(source, is_bf16, start + stride + line)
+            line += _LINE
+
+
+@njit
 def _scatter(target, is_bf16, start, places, count, numbers, by_chance, keys, row):
     """Writes numbers to some columns of a row."""
     half, single = advance(uint16_at(target), start), advance(float32_at(target), start)
@@ -438,7 +454,9 @@ def gathered_columns(args):
         first, empty = (task - size[6]) * size[7], 0
         while empty < S and index[empty] == -1:
             empty += 1
-        for row in range(first, min(first + size[7], N)):
+        end = min(first + size[7], N)
+        last_row = end - 1 if size[1] > S * _FEW else 0
+        for row in range(first, end):
             for s0 in range(empty, S, _BLOCK):
                 count, here, state_here = min(_BLOCK, S - s0), row * weight_stride, row * S + s0
                 places = advance(index, s0)
@@ -452,7 +470,10 @@ def gathered_columns(args):
                 if master != 0:
                     w = advance(float32_at(master), state_here)
                 else:
-                    _gather(weight, weight_is_bf16, here, places, count, w_buffer)
+                    if row < last_row:
+                        _gather_ahead(weight, weight_is_bf16, here, places, count, w_buffer, weight_stride)
+                    else:
+                        _gather(weight, weight_is_bf16, here, places, count, w_buffer)
                     w = w_buffer
                 m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
                 v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
