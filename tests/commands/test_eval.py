@@ -147,8 +147,18 @@ def test_ctrl_c_keeps_the_answers(model, oracle, tmp_path, monkeypatch, capsys):
     assert longact_eval(*words) == 130
     assert "Run the same command again to continue" in capsys.readouterr().out
     monkeypatch.setattr(evaluate.Reader, "generate_until", answer)
+    with (tmp_path / "out" / "answers.jsonl").open("ab") as file:
+        file.write(b'{"prompt": "cut o\xff')
     assert longact_eval(*words) == 0
     assert len(oracle) == 4 == len(set(oracle))
+
+
+def test_answers_are_kept_as_they_were(tmp_path):
+    answers = evaluate.Answers(tmp_path / "answers.jsonl")
+    given = {"a": "text\n", "b": (-1.5, True), "c": (float("-inf"), False)}
+    for prompt, answer in given.items():
+        answers[prompt] = answer
+    assert evaluate.Answers(tmp_path / "answers.jsonl") == given
 
 
 def test_what_cannot_be_had_is_said_in_a_line_and_the_rest_runs(model, oracle, tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 import gc
 import hashlib
+import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from longact_kernels.commands.eval.data import source, unreachable
 from longact_kernels.commands.eval.results import Cell, ResultFolder
 from longact_kernels.commands.eval.tasks import RULER, build, documents_lack_answers, impossible, quiet
+from longact_kernels.commands.files import append_line
 from longact_kernels.integrations.packaged import locate
 from longact_kernels.integrations.transformers import load_model
 
@@ -66,6 +69,40 @@ class AdvancingHook(CacheHook):
     def add_partial(self, attr, req, res) -> None:
         self.hook.add_partial(attr, req, res)
         self.advance()
+
+
+class Answers(dict):
+    """The answers by now, by lm-eval's hash of the prompt; each is in a file as soon as it is there.
+
+    lm-eval's own database waits for ever where a disk is full or its file is damaged.
+
+    Args:
+        path: of a line of JSON for each; those that are damaged are left out.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with suppress(ValueError, TypeError, KeyError):
+                held = json.loads(line)
+                answer = held["answer"]
+                super().__setitem__(held["prompt"], tuple(answer) if isinstance(answer, list) else answer)
+
+    def __setitem__(self, prompt: str, answer) -> None:
+        if prompt not in self:  # lm-eval says each twice
+            append_line(self.path, {"prompt": prompt, "answer": answer})
+            super().__setitem__(prompt, answer)
+
+    def commit(self) -> None:
+        """Nothing is left to do."""
+
+
+class Cached(CachingLM):
+    """lm-eval's cache over our answers."""
+
+    def __init__(self, reader: Reader, answers: Answers):
+        self.lm, self.dbdict, self.cache_db = reader, answers, str(answers.path)
+        reader.set_cache_hook(self.get_cache_hook())
 
 
 class Subject:
@@ -125,19 +162,15 @@ class Subject:
             return Cell(task, length, skipped=unreachable(error))
         if documents_lack_answers(loaded["tasks"]):
             return Cell(task, length, skipped=f"lm-eval makes no answers at {length} tokens")
-        cache = CachingLM(reader, str(self.results.path / "answers.db"))
-        try:
-            with quiet():
-                found = evaluate(
-                    lm=cache,
-                    task_dict=loaded,
-                    limit=limit,
-                    apply_chat_template=reader.tokenizer.chat_template is not None,
-                    fewshot_as_multiturn=True,
-                    bootstrap_iters=0,
-                )
-        finally:
-            cache.dbdict.close()
+        with quiet():
+            found = evaluate(
+                lm=Cached(reader, Answers(self.results.path / "answers.jsonl")),
+                task_dict=loaded,
+                limit=limit,
+                apply_chat_template=reader.tokenizer.chat_template is not None,
+                fewshot_as_multiturn=True,
+                bootstrap_iters=0,
+            )
         samples = [sample for each in found["samples"].values() for sample in each]
         metric = str(length) if task in RULER else samples[0]["metrics"][0]
         if not isinstance(samples[0][metric], int | float):
