@@ -472,7 +472,7 @@ class SalientOptimizer(Optimizer, ABC):
         ours = dense = 0
         salient = salient_weights()
         for p in params_of(self.param_groups):
-            if id(p) in salient:
+            if id(p) in salient and (p.requires_grad or p in self.state):  # of frozen ones neither keeps any
                 state = self.state.get(p, {})
                 ours += sum(local(state[name]).nbytes for name in state if not name.startswith("salient_"))
                 dense += local(p).numel() * (len(self.moment_names) * self.moments.itemsize + 4 * self.has_master(p))

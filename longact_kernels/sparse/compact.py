@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ class CompactGradients:
         ranks: whose gradients are averaged.
 
     Attributes:
-        flat: the accumulators by layer, and for each whether it holds anything; None before there is a set.
+        flat: the accumulators by layer, but of those that have been frozen all along, and for each layer whether it
+            holds anything; None before there is a set.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer], ranks: Ranks):
@@ -100,23 +101,25 @@ class CompactGradients:
         if self.flat is not None:
             self.flat.move(device)
         for name, layer in self.layers.items():
-            layer.salient.grad = None if self.flat is None else self.flat.parts[name]
+            layer.salient.grad = None if self.flat is None else self.flat.parts.get(name)
             block = self.model.get_submodule(".".join(name.split(".")[:-2]))
             layer.salient.passes.block = frozenset(map(id, block.parameters()))
 
     def begin_step(self) -> None:
         """Has backward put the gradients of sets into accumulators from now on."""
         self.reduced = self.clipped = False
-        if self.flat is None and any(layer.salient.chosen for layer in self.layers.values()):
-            shapes: dict[str | None, list[int]] = {}
-            for name, layer in self.layers.items():
-                shapes[name] = list(layer.weight.shape)
-                shapes[name][layer.salient.dim] = layer.salient.size
-            shapes[ANYWHERE] = [len(self.layers)]
+        held = {} if self.flat is None else self.flat.shapes
+        trained = [name for name, layer in self.layers.items() if layer.weight.requires_grad]
+        if any(layer.salient.chosen for layer in self.layers.values()) and not held.keys() >= {*trained}:
+            shapes: dict[str | None, Sequence[int]] = {**held, ANYWHERE: [len(self.layers)]}
+            for name in trained:
+                shape = list(self.layers[name].weight.shape)
+                shape[self.layers[name].salient.dim] = self.layers[name].salient.size
+                shapes[name] = shape
             self.flat = Flat(shapes, next(iter(self.layers.values())).weight.device)
         if self.flat is not None:
             for name, layer in self.layers.items():
-                layer.salient.grad, layer.salient.has_grad = self.flat.parts[name], False
+                layer.salient.grad, layer.salient.has_grad = self.flat.parts.get(name), False
 
     def present(self) -> list[Tensor]:
         """Those that backward has put somewhere since they were last zeroed."""
@@ -133,8 +136,10 @@ class CompactGradients:
         if self.flat is not None:
             for layer in self.layers.values():
                 salient = layer.salient
+                if salient.grad is None:  # frozen
+                    continue
                 if not salient.has_grad:
-                    self.flat.parts[salient.name].zero_()
+                    salient.grad.zero_()
                     salient.has_grad = salient.active and layer.weight.grad is not None
                 gradients.compact_grad(layer)
             self.flat.parts[ANYWHERE].copy_(torch.tensor([float(salient.has_grad) for salient in sets]))

@@ -25,10 +25,14 @@ def little_memory(model: nn.Module, **options) -> tuple[LongAct, SalientAdamW]:
     """The recipe: all that is no linear layer of a block is frozen, gradients and state are of salient rows alone."""
     model.requires_grad_(False)
     for layer in model.model.layers:
-        for module in layer.modules():
-            module.requires_grad_(isinstance(module, nn.Linear))
+        thaw(layer)
     longact = LongAct(model, **{**LOWEST, **options})
     return longact, SalientAdamW(model.parameters(), **HYPER, longact=longact, state="compact")
+
+
+def thaw(block: nn.Module) -> None:
+    for module in block.modules():
+        module.requires_grad_(isinstance(module, nn.Linear))
 
 
 def batch(step: int, piece: int) -> torch.Tensor:
@@ -143,6 +147,67 @@ def test_two_ranks_with_all_else_frozen_train_as_one():
         model = tiny_model()
         model.load_state_dict(state)
         assert_as_written_out(model, sets)
+
+
+def half_frozen(grad: str = "compact") -> tuple[nn.Module, LongAct]:
+    """The first block is frozen for two steps, and trains in two more."""
+    model = tiny_model()
+    model.requires_grad_(False)
+    thaw(model.model.layers[1])
+    longact = LongAct(model, **{**LOWEST, "grad": grad})
+    optimizer = SalientAdamW(model.parameters(), **HYPER, longact=longact, state="compact")
+    start = copy.deepcopy(model.model.layers[0].state_dict())
+    train(model, model, longact, optimizer, range(2))
+    assert all(torch.equal(held, start[name]) for name, held in model.model.layers[0].state_dict().items())
+    assert all("layers.1." in name for name in longact.sets)
+    if longact.compact is not None:
+        trained = [layer for name, layer in longact.layers.items() if "layers.1." in name]
+        numbers = sum(layer.salient.size * layer.in_features for layer in trained)
+        assert longact.compact.flat.buffer.numel() == numbers + len(longact.layers)
+        assert optimizer.salient_state_bytes()[1] == 8 * sum(layer.weight.numel() for layer in trained)
+    thaw(model.model.layers[0])
+    train(model, model, longact, optimizer, range(2, STEPS))
+    return model, longact
+
+
+def _half_frozen_rank(rank):
+    model, longact = half_frozen()
+    return model.state_dict(), longact.sets
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_frozen_layers_take_no_memory_until_they_train(ranks):
+    expected, longact = half_frozen("full")
+    for state, sets in on_ranks(2, _half_frozen_rank) if ranks == 2 else [_half_frozen_rank(0)]:
+        assert {name: index.tolist() for name, index in sets.items()} == {
+            name: index.tolist() for name, index in longact.sets.items()
+        }
+        for name, p in expected.state_dict().items():
+            torch.testing.assert_close(state[name], p, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path):
+    """On disk: the state of salient rows, their sets and statistics, and some hundred bytes for each tensor."""
+    sizes = {}
+    for density in (0.1, 1.0):
+        model = tiny_model(hidden_size=128, intermediate_size=256)
+        longact, optimizer = little_memory(model.bfloat16(), density=density)
+        train(model, model, longact, optimizer, range(2))
+        path = tmp_path / f"{density}.pt"
+        torch.save(optimizer.state_dict(), path)
+        held = [held for state in optimizer.state_dict()["state"].values() for held in state.values()]
+        of_sets = sum(
+            5 * 8 * layer.salient.size + 2 * 4 * (layer.salient.channels.stop - layer.salient.channels.start)
+            for layer in longact.layers.values()
+        )
+        ours, dense = optimizer.salient_state_bytes()
+        sizes[density] = path.stat().st_size - 320 * len(held)
+        assert sizes[density] <= ours + of_sets + 200 * len(longact.layers)
+        assert ours <= 1.02 * density * dense + 64 * len(longact.layers) * 128
+        model.save_pretrained(tmp_path / str(density))
+        weights = (tmp_path / str(density) / "model.safetensors").stat().st_size
+        assert weights <= sum(p.nbytes for p in model.parameters()) + 16_384
+    assert sizes[0.1] < 0.13 * sizes[1.0]
 
 
 def test_autocast_with_a_gradscaler_trains_as_without():
