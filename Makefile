@@ -32,11 +32,11 @@ bench: .venv/.bench  ## benchmarks beside the peers; ARGS=--full for more
 docs: .venv/.docs  ## the documentation site, in build/docs; warnings and dead links are errors
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
-release: .venv/.release  ## wheel and sdist in dist/, both checked: metadata, an installation of each, the sdist's tests
+release: .venv/.release  ## wheel and sdist in dist/, both checked: metadata, an installation of each, the sdist's tests; ARGS for pytest
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	$(BIN)/python tools/check_release.py dist
+	$(BIN)/python tools/check_release.py dist $(ARGS)
 
 gpu:  ## on a GPU, with its own Python and no installation: tests, sanitizers, measured times beside the predicted ones
 	$(PYTHON) -m bench.gpu --out runs/gpu $(ARGS)

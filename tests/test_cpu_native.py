@@ -29,7 +29,7 @@ PROBLEM = """
 def run(code, **environment):
     script = textwrap.dedent(PROBLEM) + textwrap.dedent(code)
     return subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
 
 

@@ -6,6 +6,7 @@ checkpointing makes it a second time.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -158,7 +159,8 @@ class TellingForward:
     @property
     def __wrapped__(self) -> Callable:
         """The forward as it was: also what `inspect.signature` shows."""
-        return self.own or type(self.module).forward.__get__(self.module)
+        # A partial, and not a bound method: torch.compile of torch 2.11 follows it.
+        return self.own or functools.partial(type(self.module).forward, self.module)
 
     def __call__(self, *args, **kwargs):
         call = self.call
