@@ -8,6 +8,7 @@ import dataclasses
 import math
 import random
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,15 +33,17 @@ JUNK = [
 ]  # fmt: skip
 
 
-def ours(error: Exception, others: str = "") -> None:
+def ours(error: Exception, others: Sequence[str] = ()) -> None:
     """Whether an error was raised by our code, and says in one line what it is about.
 
     Args:
-        others: another package that may raise it.
+        others: packages that may raise it too.
     """
     where = traceback.extract_tb(error.__traceback__)[-1]
     assert isinstance(error, ValueError | TypeError | IndexError), f"{error!r} at {where}"
-    assert where.filename.startswith(ROOT + "/longact_kernels") or (others and others in where.filename), where
+    assert where.filename.startswith(ROOT + "/longact_kernels") or any(
+        f"/{name}/" in where.filename for name in others
+    ), where
     assert "\n" not in str(error) or "tensor(" in str(error), error  # a tensor in an option's place shows itself
 
 
@@ -223,7 +226,7 @@ def fuzz_configs(seed: int, folder: Path) -> None:
     except SystemExit as error:
         assert error.code == 2
     except Exception as error:
-        ours(error, others="/trl/")
+        ours(error, others=("trl", "transformers"))
 
 
 KINDS = {  # inputs in `make test`, and in the slow suite

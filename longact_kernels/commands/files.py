@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict:
         if not isinstance(content := json.loads(path.read_bytes()), dict):
             raise ValueError(f"needed an object, got a {type(content).__name__}")
         return content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it") from error
 
 

@@ -73,6 +73,8 @@ VALUES = {
     "report_to": ("[none]", "3"),
     "run_name": ("'3'", "3"),
     "lr_scheduler_type": ("cosine", "{a: 1}"),
+    "save_strategy": ("steps", "often"),
+    "optim": ("adamw_torch_fused", "adamv"),
     "reward_weights": ("[1.0]", "1.0"),
     "generation_kwargs": ("'{\"top_k\": 1}'", "'{'"),
     "logging_steps": ("1", "1" + "0" * 400),

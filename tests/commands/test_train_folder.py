@@ -19,7 +19,7 @@ from longact_kernels.cli import main
 from longact_kernels.commands.files import read_metrics, write_json
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
-from longact_kernels.commands.train.folder import FILES, RunFolder
+from longact_kernels.commands.train.folder import FILES, RunFolder, read_evaluation
 from longact_kernels.commands.train.resuming import (
     MAY_CHANGE,
     SHARE,
@@ -159,6 +159,19 @@ def test_a_lost_accuracy_is_measured_again_from_the_weights_before(place, run, d
         assert main(["train", *words(place, run, "--resume")]) == 0
     assert json.loads((run / "accuracy_before.json").read_text()) == held
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"rewards": rewards, "completions": ["a", "b"]} for rewards in (None, 3, [1.0], ["1", "2"], [1.0] * 3)),
+        *({"rewards": [1.0, 0.0], "completions": completions} for completions in (None, ["a"], [1, 2], "ab")),
+    ],
+)
+def test_an_accuracy_of_another_form_is_none(tmp_path, content):
+    write_json(tmp_path / "accuracy_before.json", content)
+    with pytest.warns(LongActWarning, match="needed rewards and completions of 2 prompts"):
+        assert read_evaluation(tmp_path / "accuracy_before.json", 2) is None
 
 
 # Options
@@ -344,7 +357,7 @@ def test_completions_that_further_steps_are_on_are_kept(place, tmp_path):
 HOLD = """
 import sys, time
 from longact_kernels.commands.train.arguments import parse
-from longact_kernels.commands.train.folder import FILES, RunFolder
+from longact_kernels.commands.train.folder import FILES, RunFolder, read_evaluation
 folder = RunFolder(*parse(sys.argv[1:]))
 folder.own()
 print("holds", flush=True)
@@ -430,10 +443,10 @@ def test_a_checkpoint_under_another_name_or_of_another_run_is_not_gone_on_from(p
             assert opened(place, run).checkpoint_step == 1
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3"])
+@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 100_000], ids=lambda content: content[:4])
 def test_a_run_json_that_holds_no_options_is_damaged(place, run, content):
     (run / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json is damaged .needed an object"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged .(needed an object|maximum recursion)"):
         opened(place, run)
 
 

@@ -247,11 +247,11 @@ class RunFolder:
         state = trainer_state(self.checkpoint)
         return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
-    def evaluation_before(self, compute: Callable[[], Evaluation]) -> Evaluation:
+    def evaluation_before(self, prompts: int, compute: Callable[[], Evaluation]) -> Evaluation:
         """The evaluation before training, computed if no earlier part of the run did so. With it, a run begins."""
         path = self.path / "accuracy_before.json"
         # Of several processes, the first one's word counts: it may have written while others come to look.
-        result = in_first_process(lambda: read_evaluation(path)) or compute()
+        result = in_first_process(lambda: read_evaluation(path, prompts)) or compute()
         if PartialState().is_main_process:
             self.begin()
             write_json(path, dataclasses.asdict(result))
@@ -280,13 +280,16 @@ class RunFolder:
         return found
 
 
-def read_evaluation(path: Path) -> Evaluation | None:
-    """An evaluation that was kept; None if there is none that can be read."""
+def read_evaluation(path: Path, prompts: int) -> Evaluation | None:
+    """An evaluation of so many prompts that was kept; None if there is none, with a warning where it is damaged."""
     try:
-        held = Evaluation(**read_json(path))
-        return held if len(held.rewards) == len(held.completions) > 0 else None
-    except TypeError:
-        return None
+        if not (held := read_json(path)):
+            return None
+        rewards, completions = held.get("rewards"), held.get("completions")
+        for kept, kind in ((rewards, int | float), (completions, str)):
+            if not isinstance(kept, list) or len(kept) != prompts or not all(isinstance(one, kind) for one in kept):
+                raise ValueError(f"{path} is damaged (needed rewards and completions of {prompts} prompts)")
+        return Evaluation(rewards, completions)
     except ValueError as error:
         warnings.warn(f"{error}: the accuracy before training is measured again", LongActWarning, stacklevel=2)
         return None

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from enum import EnumType
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -49,7 +50,7 @@ LIMITS: dict[str, Limit] = {
 
 
 def of_another_type(name: str, value: Any, hint: Any) -> str | None:
-    """What is wrong with an option that a file gave a value of another type, or no JSON; None if nothing is."""
+    """What is wrong with an option whose value is of another type, is no name that it knows, or no JSON; or None."""
     hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [get_origin(one) or one for one in hints]
     if not any(is_of(value, one) for one in hints):
@@ -58,6 +59,9 @@ def of_another_type(name: str, value: Any, hint: Any) -> str | None:
         else:
             needed = " or ".join(KINDS[kind] for kind in kinds if kind in KINDS)
         return f"{name}: got {value!r}, needed {needed}"
+    known = [member.value for kind in kinds if isinstance(kind, EnumType) for member in kind]
+    if known and value not in known:
+        return f"{name}: got {value!r}, needed one of {', '.join(known)}"
     if dict in kinds and isinstance(value, str) and value.startswith("{"):
         try:
             json.loads(value)

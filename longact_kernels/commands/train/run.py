@@ -154,7 +154,7 @@ class Run:
 
     def before(self) -> Evaluation:
         """The evaluation before training, made only once a run."""
-        return self.folder.evaluation_before(lambda: self.evaluate("before"))
+        return self.folder.evaluation_before(len(self.held_out), lambda: self.evaluate("before"))
 
     def train(self) -> Evaluation:
         """Evaluates, if that has not been done, and trains from the last checkpoint to the end; returns the former."""
