@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.commands.console import INTERRUPTED
 from longact_kernels.commands.train import command
+from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.resuming import changes_of, options_of
 
 STEPS = 4
 # 2 steps go once through the prompts: stops are in the first pass, at its end, and in the second.
@@ -155,3 +157,9 @@ def test_a_finished_run_resumes_to_the_same_report(runs, folder, monkeypatch):
     assert command.main(arguments(folder, run, *more, "--resume")) == 0
     assert not (run / f"checkpoint-{STEPS + 1}").exists()
     assert kept == {name: (run / name).read_bytes() for name in kept}
+
+
+def test_a_run_goes_on_where_there_is_no_gpu_and_nobody_said_use_cpu(tmp_path):
+    arguments, training = parse(["--output_dir", str(tmp_path), "--max_steps", "2"])
+    options = {**arguments.what_is_trained(), "processes": 1, "grpo_config": options_of(training)}
+    assert changes_of({**options, "changes": []}, options, 1, tmp_path, 1) == []

@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not failed:
                 failed = run_all(title, jobs, arguments.jobs, threads, console)
         if tuning and not failed:
-            rates = choose_rates(study, results_of(tuning))
-            runs = jobs_of(study := study.with_rates(rates), folder)[1]
+            study = study.with_rates(choose_rates(study, results_of(tuning)))
+            runs = jobs_of(study, folder)[1]
             with refusing():
                 for job in runs:
                     job.check()
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in failed:
         console.print(f"{name} failed: {last_line(folder.log(name))} ({folder.log(name)})", markup=False)
     if stopped or failed:
-        console.print(f"{len(results)} of {len(runs)} runs are finished. Run the same command again to continue.")
+        done = len(tried) + len(results)
+        console.print(f"{done} of {len(tuning) + len(runs)} runs are finished. Run the same command again to continue.")
     return INTERRUPTED if stopped else FAILED if failed else 0
 
 

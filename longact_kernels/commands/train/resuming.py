@@ -198,7 +198,9 @@ def changes_of(held: dict, wanted: dict, step: int, where: object, stages: int) 
             refuse(name, held[name], value, where)
     if processes != (before := processes_of({"processes": processes, **held})):
         changes.append({"option": "processes", "from": before, "to": processes, "step": step})
-    defaults = options_of(GRPOConfig(output_dir="", use_cpu=wanted["grpo_config"]["use_cpu"]))
+    # Its own default, bf16, is refused where there is neither GPU nor `use_cpu`.
+    fixed = {name: wanted["grpo_config"][name] for name in ("use_cpu", "bf16")}
+    defaults = options_of(GRPOConfig(output_dir="", **fixed))
     for name, value in wanted["grpo_config"].items():
         before = held["grpo_config"].get(name, defaults.get(name))
         if before == value or name in NOT_COMPARED:
