@@ -134,7 +134,7 @@ def draw(results: dict[str, Step], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a Hub name, a folder, smollm2, or gemma3-270m (%(default)s)")
+    parser.add_argument("--model", default="smollm2", help="Hub name, folder, smollm2, or gemma3-270m (%(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the step (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
     args = parser.parse_args()
