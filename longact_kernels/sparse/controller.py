@@ -626,12 +626,14 @@ class LongAct:
         """Whether the sets are to be chosen anew after the step under way."""
         return (self._steps + 1) % self.config.refresh_every == 0 and not self.frozen
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Ends the step that optimizers have taken, if any has, and refreshes the sets when their time has come."""
         self._settle_device()
-        if not self._stepped:
-            return
+        if self._stepped:
+            self._next_step()
+
+    @torch.no_grad()
+    def _next_step(self) -> None:
         self._stepped, self._over = [], False
         due = self._due
         self._steps += 1

@@ -58,11 +58,11 @@ class Absmax(Statistic):
         torch.maximum(kept["absmax"], absmax, out=kept["absmax"])
 
     def merge_all_(self, waiting):
+        kept, measured, _ = zip(*waiting, strict=True)
         # In one operation no segment may come twice, as those of a layer do that a pass goes through twice.
-        if len({id(kept) for kept, *_ in waiting}) < len(waiting):
+        if len(set(map(id, kept))) < len(waiting):
             super().merge_all_(waiting)
         else:
-            kept, measured, _ = zip(*waiting, strict=True)
             torch._foreach_maximum_([one["absmax"] for one in kept], measured)
 
     def value(self, kept, spread):
