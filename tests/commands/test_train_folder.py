@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -28,6 +29,7 @@ from longact_kernels.commands.train.resuming import (
     completions_of,
     share_out,
 )
+from longact_kernels.commands.train.run import Run
 from longact_kernels.tasks.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -296,6 +298,10 @@ def test_a_checkpoint_of_shards_needs_fsdp(place, run, refused):
     seal(run / "checkpoint-2")
     message = refused("train", *words(place, run, "--resume"))
     assert "fsdp: " in message and "checkpoint-2 was saved with FSDP, and the processes are started without" in message
+    # With it, there is nothing left of the run that the trainer could load them by.
+    folder, fsdp = opened(place, run), SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    with pytest.raises(ValueError, match=r"^max_steps: .*checkpoint-2 is of the last step"):
+        Run._check_form(SimpleNamespace(folder=folder, trainer=fsdp, training=folder.training))
 
 
 def test_steps_that_have_been_taken_are_not_taken_back(place, run):

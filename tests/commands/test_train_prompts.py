@@ -196,6 +196,11 @@ def test_what_is_wrong_with_longacts_options_shows_at_once(option):
         parse(["--use_cpu", "True", f"--{option}", "-1"])
 
 
+def test_a_file_may_turn_fsdp_on(tmp_path):
+    (tmp_path / "c.yaml").write_text("fsdp: true\nfsdp_config: {min_num_params: 1}\nuse_cpu: true\n")
+    assert parse(["--config", str(tmp_path / "c.yaml")])[1].fsdp is True
+
+
 def test_densities_may_be_a_mapping_on_the_line_or_in_a_file(tmp_path):
     mapping = {"q_proj|k_proj": 0.3, "": 0.05}
     arguments, _ = parse(["--use_cpu", "True", "--density", '{q_proj|k_proj: 0.3, "": 0.05}'])

@@ -36,7 +36,7 @@ DEFAULT_TASK = "niah_multikey_2"
 DEFAULT_LENGTH = 512
 DEFAULT_TRAIN_PROMPTS = 512
 DEFAULT_EVAL_PROMPTS = 64
-TRLS = get_type_hints(GRPOConfig)
+TRLS = get_type_hints(GRPOConfig) | {"fsdp": bool | str | list | None}  # of which transformers names a text alone
 
 
 def option(of: dataclasses.Field) -> tuple[str, Any, Any]:

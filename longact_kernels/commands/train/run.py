@@ -114,7 +114,7 @@ class Run:
             self.trainer.add_callback(callback)
 
     def _check_form(self) -> None:
-        """Raises ValueError for a checkpoint of FSDP's shards without FSDP, and the other way round."""
+        """Raises ValueError for FSDP's shards where they cannot be loaded, and for any other checkpoint with FSDP."""
         checkpoint, trainer = self.folder.checkpoint, self.trainer
         if checkpoint is None or trainer.is_deepspeed_enabled:
             return
@@ -123,6 +123,11 @@ class Run:
             raise ValueError(
                 f"fsdp: {checkpoint} was saved {saved} FSDP, and the processes are started {now} it; start them as "
                 "before (torchrun, or accelerate launch with the same --config_file), in any number"
+            )
+        if trainer.is_fsdp_enabled and self.folder.is_complete(self.training.max_steps):
+            raise ValueError(
+                f"max_steps: {checkpoint} is of the last step, and FSDP's shards are loaded by taking steps; delete it "
+                "to take the last steps again, or raise max_steps"
             )
 
     def evaluate(self, when: str) -> Evaluation:
