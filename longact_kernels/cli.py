@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-from longact_kernels.commands.console import INTERRUPTED, Refusal, quiet_libraries, refuse, run_command
+from longact_kernels.commands.console import FAILED, INTERRUPTED, Refusal, quiet_libraries, refuse, run_command
 from longact_kernels.commands.parsers import module_of, root_parser
 
 
@@ -17,9 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments, rest = root_parser().parse_known_args(words or ["--help"])
         quiet_libraries()
-        return run_command(arguments.command, module_of(arguments.command), rest)
+        status = run_command(arguments.command, module_of(arguments.command), rest)
+        sys.stdout.flush()
+        return status
     except Refusal as refusal:
         return refuse("longact", refusal)
+    except BrokenPipeError:  # whoever reads what it prints has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 import tiny
@@ -41,6 +42,11 @@ def model(tmp_path_factory):
 )
 def test_misspelt_options(refused, command, words, message):
     assert message in refused(command, *words)
+
+
+def test_a_reader_that_goes_is_quiet():
+    command = f"{sys.executable} -m longact_kernels.cli completion bash | head -1"
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""
 
 
 def test_a_misspelt_command(capsys):

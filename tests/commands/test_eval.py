@@ -153,6 +153,15 @@ def test_ctrl_c_keeps_the_answers(model, oracle, tmp_path, monkeypatch, capsys):
     assert len(oracle) == 4 == len(set(oracle))
 
 
+@pytest.mark.parametrize(
+    "content", ['{"cells": []}', '{"model": 3, "cells": []}', '{"model": {"name": "a", "state": "b"}}']
+)
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        ResultFolder(tmp_path)
+
+
 def test_answers_are_kept_as_they_were(tmp_path):
     answers = evaluate.Answers(tmp_path / "answers.jsonl")
     given = {"a": "text\n", "b": (-1.5, True), "c": (float("-inf"), False)}

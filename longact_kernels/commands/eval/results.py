@@ -78,6 +78,9 @@ class ResultFolder:
     def __init__(self, path: Path, model: dict | None = None):
         self.path = path
         held = read_json(path / "results.json")
+        named = isinstance(held.get("model"), dict) and held["model"].keys() >= {"name", "state"}
+        if held and not (named and isinstance(held.get("cells"), list)):
+            raise ValueError(f"{path / 'results.json'} is damaged (model or cells); restore it, or delete it")
         if model is None and not held:
             raise ValueError(f"compare: {path} holds no results of longact eval")
         if model is not None and not held and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -114,7 +117,13 @@ class ResultFolder:
         return cell
 
     def read(self, task: str, length: int | None) -> Cell:
-        return Cell(**read_json(self.file(task, length)))
+        file = self.file(task, length)
+        try:
+            return Cell(**read_json(file))
+        except TypeError as error:
+            raise ValueError(
+                f"{file} is missing or damaged; restore it, or evaluate again into another folder"
+            ) from error
 
     def file(self, task: str, length: int | None) -> Path:
         return self.path / "samples" / (f"{task}.json" if length is None else f"{task}-{length}.json")
