@@ -196,7 +196,7 @@ def test_all_linear(name, race, benchmark, full):
         check=check,
         bars=bars,
         rounds=(3, 20),
-        budget=40.0,
+        budget=25.0,
     )
     benchmark.extra_info["parts"] = {
         name: {part: median(times[2:]) for part, times in training.parts.items()}
