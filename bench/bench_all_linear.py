@@ -62,9 +62,8 @@ class Training:
     def bytes(self):
         """Of state and gradients, with parameters that were added to the model's own."""
         held = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        added = [
-            p for name, p in self.model.named_parameters() if "_lora" in name or "lora_" in name or "_shira" in name
-        ]
+        adapters = "lora_", "shira_", "oft_"
+        added = [p for name, p in self.model.named_parameters() if any(kind in name for kind in adapters)]
         state = sum(t.nbytes for t in held if isinstance(t, torch.Tensor)) + sum(p.nbytes for p in added)
         return {"state": state, "gradients": self.gradients}
 
