@@ -2,7 +2,7 @@
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -66,8 +66,7 @@ def rows_of(study: Study, results: list[dict]) -> list[Row]:
                 estimate([one["score"] for one in found.values()]),
                 estimate([one["after"] - one["before"] for one in found.values()]),
                 {method: None if one == name else against(found, by_arm[one]) for method, one in beside.items()},
-                *(mean_of(found, key) for key in ("learning_rate", "churn", "trained", "moved", "state")),
-                mean_of(found, "seconds_per_step"),
+                **{of.name: mean_of(found, of.name) for of in fields(Row)[4:]},
             )
         )
     return rows

@@ -285,7 +285,7 @@ def read_evaluation(path: Path, prompts: int) -> Evaluation | None:
     try:
         if not (held := read_json(path)):
             return None
-        rewards, completions = held.get("rewards"), held.get("completions")
+        rewards, completions = held.get("rewards", []), held.get("completions", [])
         for kept, kind in ((rewards, int | float), (completions, str)):
             if not isinstance(kept, list) or len(kept) != prompts or not all(isinstance(one, kind) for one in kept):
                 raise ValueError(f"{path} is damaged (needed rewards and completions of {prompts} prompts)")

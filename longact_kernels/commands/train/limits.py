@@ -52,14 +52,14 @@ LIMITS: dict[str, Limit] = {
 def of_another_type(name: str, value: Any, hint: Any) -> str | None:
     """What is wrong with an option whose value is of another type, is no name that it knows, or no JSON; or None."""
     hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [get_origin(one) or one for one in hints]
+    kinds: list[Any] = [get_origin(one) or one for one in hints]
     if not any(is_of(value, one) for one in hints):
         if Literal in kinds:
             needed = f"one of {', '.join(get_args(hint))}"
         else:
             needed = " or ".join(KINDS[kind] for kind in kinds if kind in KINDS)
         return f"{name}: got {value!r}, needed {needed}"
-    known = [member.value for kind in kinds if isinstance(kind, EnumType) for member in kind]
+    known = [member.value for kind in kinds if isinstance(kind, EnumType) for member in list[Any](kind)]
     if known and value not in known:
         return f"{name}: got {value!r}, needed one of {', '.join(known)}"
     if dict in kinds and isinstance(value, str) and value.startswith("{"):
