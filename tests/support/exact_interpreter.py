@@ -3,7 +3,8 @@
 Left alone, it multiplies bf16's bits as integers, rounds to bf16 towards zero, and adds up a tile's rows one after the
 other, where compiled code halves them and errs far less.
 
-It also makes the interpreter of triton 3.6 run with numpy 2.5. Importing it has no effect outside the interpreter.
+It also makes the interpreter of triton 3.6 run with numpy 2.5, and that of triton 3.9 take a scalar as a mask.
+Importing it has no effect outside the interpreter.
 """
 
 import os
@@ -41,6 +42,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return TensorHandle(rounded, tl.bfloat16)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = _create_dot, _cast_impl
+
+    create_splat = InterpreterBuilder.create_splat
+
+    def _create_splat(self, block, scalar):
+        # Of a comparison, it makes numbers of what was compared; as a mask, triton 3.9 takes truth values alone.
+        splat = create_splat(self, block, scalar)
+        return TensorHandle(splat.data.astype(scalar.data.dtype), splat.dtype)
+
+    InterpreterBuilder.create_splat = _create_splat
 
     add_up = ReduceOps.sum
 
