@@ -58,7 +58,7 @@ def test_smollm2(race, full):
     from longact_kernels.integrations.transformers import load_model
 
     smollm2 = load_model("smollm2")[0].to(DEVICE)
-    tokens = TOKENS if full else TOKENS // 2
+    tokens = TOKENS if full else TOKENS // 4
     dense = Training(smollm2, tokens, stock)
     sparse = Training(smollm2, tokens, salient, density=0.3)
     contenders = {"dense, AdamW(fused=True)": dense.step}
