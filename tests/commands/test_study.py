@@ -276,9 +276,9 @@ def test_several_lengths_are_arms_compared_at_the_same_length(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_of_rates_lengths_and_adapters(tmp_path):
+def test_a_study_of_rates_and_adapters(tmp_path):
     """What trains is what was said, in every arm; a second start runs nothing again; the rates are those chosen."""
-    content = STUDY | TUNED | {"seeds": 1, "frozen": "embed|norm|lm_head", "base": BASE | {"pairs": [4, 5]}}
+    content = STUDY | TUNED | {"seeds": 1, "frozen": "embed|norm|lm_head"}
     content["options"] = content["options"] | {"target_modules": "all-linear"}
     content["arms"] = {
         "dense": {},
@@ -297,26 +297,23 @@ def test_a_study_of_rates_lengths_and_adapters(tmp_path):
     every = 2 * sum(n * k for n, k in shapes)
     trained = {"dense": every, "once": every // 4, "lora": 2 * sum(2 * (n + k) for n, k in shapes)}
     trained["qk"] = every - 2 * 3 * (16 + 8) * 32 // 4
-    for pairs in (4, 5):
-        for name, count in trained.items():
-            assert results[f"{name}-{pairs}-1"]["trained"] == count, name
-        assert results[f"dense-{pairs}-1"]["moved"] == 1.0
-        assert results[f"once-{pairs}-1"]["moved"] == 0.25
+    for name, count in trained.items():
+        assert results[f"{name}-1"]["trained"] == count, name
+    assert results["dense-1"]["moved"] == 1.0
+    assert results["once-1"]["moved"] == 0.25
     kept = load_file(out / "base" / "4-pairs-seed-1" / "model" / "model.safetensors")
     for name in trained:
-        found = load_file(out / "runs" / f"{name}-4-1" / "model" / "model.safetensors")
+        found = load_file(out / "runs" / f"{name}-1" / "model" / "model.safetensors")
         assert found.keys() == kept.keys()
         assert all(torch.equal(found[key], kept[key]) for key in kept if "proj" not in key)
     tuned = {name: one for name, one in results.items() if "-lr" in name}
-    assert len(tuned) == 16 and len(results) == 24
+    assert len(tuned) == 8 and len(results) == 12
     with (out / "tuning.csv").open() as file:
         assert {f"{row['arm']}-{row['seed']}" for row in csv.DictReader(file)} == tuned.keys()
     for row in (out / "tuning.md").read_text().splitlines()[2:]:
         name, low, high, best, *_ = (cell.strip() for cell in row.strip("|").split("|"))
         assert float(best) == (3e-3 if float(high) > float(low) else 1e-3)
         assert results[f"{name}-1"]["learning_rate"] == float(best)
-    for name in ("scores", "curves", "lengths"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     changed = {path: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
     assert main(command) == 0
     assert changed == {path: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
