@@ -190,8 +190,9 @@ def test_a_run_brings_its_model_its_density_and_its_churn(place, tmp_path):
     run = tmp_path / "run"
     tiny.save(run / "model")
     (run / "run.json").write_text(json.dumps({"density": 0.5}))
+    speed = {"seconds_per_step": 1.0, "tokens_per_second": 10.0}
     records = [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2, "churn": 0.25}, {"step": 3, "churn": 0.75}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record | speed) + "\n" for record in records))
     words = [
         "--text",
         place / "verse.txt",

@@ -2,17 +2,20 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import tiny
 
 from longact_kernels.cli import main
 from longact_kernels.commands.compare.report import differences, read_runs
+from longact_kernels.commands.files import DETAILS, METRICS, read_lines
 from longact_kernels.commands.page import kept, value_of
 from longact_kernels.commands.train.evaluate import Evaluation
 from longact_kernels.commands.train.figures import CURVES, churn_figure, curves_figure, reward_figure
 from longact_kernels.integrations.prompts import question_of
 from longact_kernels.tasks.rewards import string_match_any
+from longact_kernels.warning import LongActWarning
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -142,6 +145,50 @@ def test_options_in_which_runs_differ(run, tmp_path):
     }
     # Versions of a run that has not finished are not known.
     assert {*found} == {*json.loads((run / "summary.json").read_text())["versions"]}
+
+
+@pytest.mark.parametrize("damage", ["[]", "7", "{}", '{"step": "2"}', '{"step": null}', f'{{"step": {10**400}}}'])
+@pytest.mark.parametrize("name", ["metrics", "details"])
+def test_lines_of_another_shape_are_named_and_left_out(run, tmp_path, recwarn, name, damage):
+    shape = {"metrics": METRICS, "details": DETAILS}[name]
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(f"{damage}\n" + (run / f"{name}.jsonl").read_text())
+    assert read_lines(path, shape) == [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    (warning,) = [str(one.message) for one in recwarn if one.category is LongActWarning]
+    assert warning.startswith(f"{path}: line 1 is damaged (")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *(("metrics", key, value) for key in ("reward", "loss", "churn", "tokens_per_second") for value in ("x", [1])),
+        *(("details", "churn", value) for value in (3, {"model.layers.0.self_attn.q_proj": "x"})),
+        *(
+            ("details", "sample", value)
+            for value in ("x", {}, {"step": 1, "reward": "1", "question": "", "completion": ""})
+        ),
+    ],
+)
+def test_a_line_with_a_value_of_another_type_is_named_and_the_page_is_written(run, tmp_path, recwarn, name, key, value):
+    copied = shutil.copytree(run, tmp_path / "run")
+    path = copied / f"{name}.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {key: value}), *others, ""]))
+    kept = read_lines(path, {"metrics": METRICS, "details": DETAILS}[name])
+    assert len(kept) == len(others)
+    told = f"{path}: line 1 is damaged ("
+    assert [str(one.message).startswith(told) for one in recwarn if one.category is LongActWarning] == [True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"a": 1}, {"accuracy": 3}, {"accuracy": {"before": "x"}}, {"reward": []}, {"salient_state_bytes": {"longact": 1}}],
+)
+def test_a_summary_of_another_shape_is_named(run, tmp_path, refused, content):
+    copied = shutil.copytree(run, tmp_path / "run")
+    held = json.loads((copied / "summary.json").read_text()) if "a" not in content else {}
+    (copied / "summary.json").write_text(json.dumps(held | content))
+    assert f"{copied / 'summary.json'} is damaged" in refused("compare", copied)
 
 
 def test_compare_takes_runs_only(run, tmp_path, refused):

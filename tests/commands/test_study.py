@@ -23,7 +23,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
-from longact_kernels.commands.files import read_metrics
+from longact_kernels.commands.files import METRICS, read_lines
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.estimates import compare, estimate
 from longact_kernels.commands.study.figures import draw
@@ -388,7 +388,7 @@ def test_a_killed_study_takes_its_runs_along(base, tmp_path):
     command = [sys.executable, "-m", "longact_kernels.cli", "study", "study.yaml", "--jobs", "1", "--output", "out"]
     run = tmp_path / "out" / "runs" / "dense-1"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        while not read_metrics(run / "metrics.jsonl") and process.poll() is None:
+        while not read_lines(run / "metrics.jsonl", METRICS) and process.poll() is None:
             time.sleep(0.05)
         process.kill()
     # What trains is neither this process's child nor known to it: the checkpoint says that it has ended.

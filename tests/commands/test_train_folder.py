@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from longact_kernels import LongActWarning
 from longact_kernels.cli import main
-from longact_kernels.commands.files import read_metrics, write_json
+from longact_kernels.commands.files import METRICS, read_lines, write_json
 from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.callbacks import MetricsFile
 from longact_kernels.commands.train.checkpoints import MANIFEST, flaw, seal, step_of
 from longact_kernels.commands.train.folder import FILES, RunFolder, read_evaluation
 from longact_kernels.commands.train.resuming import (
@@ -148,7 +149,7 @@ def test_a_bad_byte_in_the_metrics_costs_its_line(run):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(lines[0].replace(b"loss", b"lo\xffs") + lines[1] + b'{"step": 3, "lo')
     with pytest.warns(LongActWarning, match="line 1 is damaged") as warned:
-        assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [2]
+        assert [record["step"] for record in read_lines(run / "metrics.jsonl", METRICS)] == [2]
     assert len(warned) == 1  # a line without an end is what an interruption leaves
 
 
@@ -160,7 +161,7 @@ def test_a_lost_accuracy_is_measured_again_from_the_weights_before(place, run, d
     with pytest.warns(LongActWarning) if damage is not Path.unlink else pytest.warns(LongActWarning, match="line 1"):
         assert main(["train", *words(place, run, "--resume")]) == 0
     assert json.loads((run / "accuracy_before.json").read_text()) == held
-    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in read_lines(run / "metrics.jsonl", METRICS)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,8 @@ def test_what_may_change_does_and_the_report_says_from_when(place, run):
     for group in groups:
         assert (group["lr"], group["initial_lr"], *group["betas"], group["eps"]) == (5e-4, 5e-4, 0.8, 0.99, 1e-7)
     assert 0.25 in {group["weight_decay"] for group in groups}
-    assert [record["learning_rate"] for record in read_metrics(run / "metrics.jsonl")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    logged = [record["learning_rate"] for record in read_lines(run / "metrics.jsonl", METRICS)]
+    assert logged == [1e-3, 1e-3, 5e-4, 5e-4]
     summary = json.loads((run / "summary.json").read_text())
     assert {change["option"]: change["to"] for change in summary["changes"]} == changed
     assert {change["step"] for change in summary["changes"]} == {2}
@@ -213,7 +215,7 @@ def test_what_may_change_does_and_the_report_says_from_when(place, run):
 def test_another_schedule_is_that_of_the_whole_run_from_there_on(place, run):
     more = ["--lr_scheduler_type", "linear", "--max_steps", "4"]
     assert main(["train", *words(place, run, "--resume", *more)]) == 0
-    logged = [record["learning_rate"] for record in read_metrics(run / "metrics.jsonl")]
+    logged = [record["learning_rate"] for record in read_lines(run / "metrics.jsonl", METRICS)]
     assert logged == pytest.approx([1e-3, 1e-3, 1e-3 * 2 / 4, 1e-3 * 1 / 4])
 
 
@@ -381,6 +383,28 @@ def test_a_folder_in_use_is_refused_and_taken_over_from_a_dead_process(place, ru
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert opened(place, run).checkpoint == run / "checkpoint-2"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_run_whose_lock_was_deleted_writes_no_more(place, run, capsys, monkeypatch, taken):
+    others = []
+
+    def delete(*_, **__):
+        (run / ".lock").unlink()
+        if taken:
+            others.append(RunFolder(*parse(words(place, run, "--resume", "--max_steps", "4"))))
+            others[0].own()
+
+    monkeypatch.setattr(MetricsFile, "on_optimizer_step", delete)
+    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "details.jsonl", "summary.json")}
+    assert main(["train", *words(place, run, "--resume", "--max_steps", "4")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"longact train: error: {run / '.lock'} has been deleted")
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert flaw(run / "checkpoint-2") is None and not (run / "checkpoint-3").exists()
+    assert (run / ".owner.json").exists()
+    for other in others:
+        other.close()
 
 
 def test_two_runs_cannot_begin_in_one_folder(place, tmp_path, refused):

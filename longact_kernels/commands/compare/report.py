@@ -6,15 +6,29 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from longact_kernels.commands.files import read_json, read_metrics, write_whole
+from longact_kernels.commands.files import METRICS, NUMBER, read_json, read_lines, write_whole
 from longact_kernels.commands.page import both_styles, document, kept, picture, table, value_of
 from longact_kernels.commands.train.figures import CURVES, curves_figure
 from longact_kernels.commands.train.report import headline
+from longact_kernels.commands.train.resuming import read_options
 
 PANELS = {"reward": "reward of sampled completions", **CURVES, "churn": "churn of the salient sets"}
 PANELS["seconds_per_step"] = "seconds a step"
 # What has to differ between two runs.
 OWN = ("output_dir", "run_name", "logging_dir")
+# What is shown of a `summary.json`.
+ENDS = ("before", "before_standard_error", "after", "after_standard_error")
+SUMMARY = {
+    "measure": str,
+    "accuracy": {"prompts": int, **dict.fromkeys(ENDS, NUMBER)},
+    "steps": int,
+    "reward": {"steps": int, "steps_at_each_end": int, "first?": NUMBER, "last?": NUMBER},
+    "seconds_per_step?": NUMBER,
+    "tokens_per_second?": NUMBER,
+    "salient_state_bytes?": {"longact": NUMBER, "dense_adamw": NUMBER},
+    "churn?": NUMBER,
+    "versions?": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +66,10 @@ def read_runs(folders: list[str]) -> list[TrainingRun]:
 
 
 def read_run(path: Path, name: str) -> TrainingRun:
-    options = read_json(path / "run.json")
+    options = read_options(path / "run.json")
     options |= options.pop("grpo_config", {})
-    summary = read_json(path / "summary.json")
-    return TrainingRun(name, options, read_metrics(path / "metrics.jsonl"), summary)
+    summary = read_json(path / "summary.json", SUMMARY)
+    return TrainingRun(name, options, read_lines(path / "metrics.jsonl", METRICS), summary)
 
 
 def differences(runs: list[TrainingRun]) -> dict[str, list[Any]]:

@@ -75,7 +75,9 @@ class Inspection:
             },
             "projections": by_projection(everything, subject.parts, subject.density),
             "churn": [
-                {"step": record["step"], "churn": record["churn"]} for record in subject.metrics if "churn" in record
+                {"step": record["step"], "churn": record["churn"]}
+                for record in subject.metrics
+                if record.get("churn") is not None
             ],
         }
         subject.write("inspect.json", results)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longact_kernels.commands.console import hide_library_bars
-from longact_kernels.commands.files import read_json, read_metrics, write_json
+from longact_kernels.commands.files import METRICS, read_json, read_lines, write_json
 from longact_kernels.commands.inspect.channels import Part, find_parts
 from longact_kernels.commands.inspect.text import Domain, load_domains, sequences
 from longact_kernels.integrations.transformers import load_model
@@ -83,7 +83,7 @@ def load(arguments: argparse.Namespace, kind: str, console: Console) -> Subject:
     if (run / "run.json").is_file():
         if not (run / "model").is_dir():
             raise ValueError(f"model: the training run {run} has not finished; continue it with longact train --resume")
-        source, metrics = str(run / "model"), read_metrics(run / "metrics.jsonl")
+        source, metrics = str(run / "model"), read_lines(run / "metrics.jsonl", METRICS)
         if arguments.density is None:
             density = read_json(run / "run.json").get("density", density)
             if not isinstance(density, float):

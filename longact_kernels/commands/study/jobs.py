@@ -21,12 +21,22 @@ from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config
 
 from longact_kernels.commands.console import INTERRUPTED
-from longact_kernels.commands.files import append_line, read_json, read_metrics, write_json, write_whole
+from longact_kernels.commands.files import METRICS, NUMBER, append_line, read_json, read_lines, write_json, write_whole
 from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import Recall, make_base
 from longact_kernels.commands.train.arguments import parse
+from longact_kernels.commands.train.figures import series
 from longact_kernels.commands.train.run import Run
 from longact_kernels.sparse.projections import find_projections
+
+POINT = {"step": int, "accuracy": NUMBER}
+# Of a finished run, for all that compares runs.
+RESULT = {
+    **{"arm": str, "seed": int, "options": dict, "beyond": dict, "learning_rate": NUMBER, "before": NUMBER},
+    **{"after": NUMBER, "score": NUMBER, "curve": [[NUMBER]], "reward?": NUMBER, "churn?": NUMBER},
+    **{"trained": NUMBER, "moved": NUMBER, "state?": NUMBER, "seconds_per_step?": NUMBER},
+    **{"eval?": {str: NUMBER}, "versions": {str: str}},
+}
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,14 @@ class Training:
     def steps(self) -> int:
         return self.study.options["max_steps"]
 
+    def result(self) -> dict:
+        """What was seen of the finished run; empty of another."""
+        return read_json(self.folder.result(self.name), RESULT)
+
     def steps_done(self) -> int:
         """How far the run has come, by its metrics."""
         metrics = self.folder.run(self.name) / "metrics.jsonl"
-        return self.steps if self.is_done else len(read_metrics(metrics))
+        return self.steps if self.is_done else len(read_lines(metrics, METRICS))
 
     def options(self) -> dict[str, Any]:
         """Those of `longact train`, as the run's YAML file says them."""
@@ -138,7 +152,7 @@ class Training:
         Raises:
             ValueError: they are wrong, or the result is of another study.
         """
-        held = read_json(self.folder.result(self.name))
+        held = self.result()
         if held and (held["options"], held["beyond"]) != (self.options(), self.beyond()):
             raise ValueError(
                 f"output: {self.folder.path} has a run {self.name} with other options; name another --output, or "
@@ -166,7 +180,7 @@ class Training:
             write_json(trained, found)
             if self.study.evaluate is not None:
                 return 0
-        result = read_json(trained)
+        result = read_json(trained, RESULT)
         if self.study.evaluate is not None:
             result |= self.evaluate(folder)
         write_json(self.folder.result(self.name), result)
@@ -192,7 +206,7 @@ class Training:
         if adapter is not None:
             adapter.merge_and_unload()
         run.finish(first, last)
-        metrics = read_metrics(run.folder.metrics)
+        metrics = read_lines(run.folder.metrics, METRICS)
         summary = read_json(run.folder.path / "summary.json")
         state = summary["salient_state_bytes"] or {}
         return {
@@ -205,7 +219,7 @@ class Training:
             "after": last.accuracy,
             "score": last.accuracy,
             "curve": [[0, first.accuracy], *curve.points(), [self.steps, last.accuracy]],
-            "rewards": [record["reward"] for record in metrics],
+            "rewards": series(metrics, "reward")[1],
             "reward": summary["reward"]["last"],
             "churn": summary["churn"],
             "trained": trained,
@@ -258,7 +272,7 @@ class Curve(TrainerCallback):
 
     def points(self) -> list[list[float]]:
         """Steps and accuracies; of a step that was taken again after a stop, the later one."""
-        return [list(point) for point in {one["step"]: one["accuracy"] for one in read_metrics(self.path)}.items()]
+        return [list(point) for point in {one["step"]: one["accuracy"] for one in read_lines(self.path, POINT)}.items()]
 
 
 def count_trained(run: Run) -> int:

@@ -48,7 +48,7 @@ class Row:
     trained: float
     moved: float
     state: float | None
-    seconds_per_step: float
+    seconds_per_step: float | None
 
 
 def rows_of(study: Study, results: list[dict]) -> list[Row]:
@@ -74,7 +74,7 @@ def rows_of(study: Study, results: list[dict]) -> list[Row]:
 
 def mean_of(found: dict[int, dict], key: str) -> Any:
     """The mean over the runs that have a value; None where none has."""
-    values = [one[key] for one in found.values() if one[key] is not None]
+    values = [one[key] for one in found.values() if one.get(key) is not None]
     return mean(values) if values else None
 
 
@@ -112,12 +112,13 @@ def versions(results: list[dict]) -> dict[str, str]:
 
 def write_csv(path: Path, results: list[dict]) -> None:
     """One line a run; the scores of `longact eval` behind the other columns."""
-    tasks = list(dict.fromkeys(task for one in results for task in one.get("eval", {})))
+    tasks = list(dict.fromkeys(task for one in results for task in (one.get("eval") or {})))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, *tasks])
         for one in results:
-            writer.writerow([*(one[key] for key in COLUMNS), *(one.get("eval", {}).get(task) for task in tasks)])
+            scores = one.get("eval") or {}
+            writer.writerow([*(one.get(key) for key in COLUMNS), *(scores.get(task) for task in tasks)])
 
 
 def as_dict(row: Row) -> dict:
@@ -141,7 +142,7 @@ def outcomes(row: Row) -> dict[str, str]:
         "trained": f"{row.trained:.0f}",
         "moved": f"{row.moved:.2f}",
         "state": "-" if row.state is None else f"{row.state:.2f}",
-        "s/step": f"{row.seconds_per_step:.2f}",
+        "s/step": "-" if row.seconds_per_step is None else f"{row.seconds_per_step:.2f}",
     }
 
 

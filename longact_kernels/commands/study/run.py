@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from longact_kernels.commands.console import FAILED, INTERRUPTED, hide_library_bars, progress_bar, refusing
-from longact_kernels.commands.files import read_json
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.jobs import Pretraining, StudyFolder, Training, jobs_of, work
 from longact_kernels.commands.study.report import write_results
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def results_of(runs: Sequence[Training]) -> list[dict]:
     """Those of the runs that are finished."""
-    return [read_json(run.folder.result(run.name)) for run in runs if run.is_done]
+    return [run.result() for run in runs if run.is_done]
 
 
 def run_all(title: str, jobs: Sequence[Job], at_once: int, threads: int, console: Console) -> list[str]:

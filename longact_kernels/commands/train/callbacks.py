@@ -12,8 +12,22 @@ from transformers import TrainerCallback
 
 from longact_kernels import LongAct
 from longact_kernels.commands.console import progress_bar
-from longact_kernels.commands.files import append_line, read_metrics, write_whole
+from longact_kernels.commands.files import DETAILS, METRICS, append_line, read_lines, write_whole
+from longact_kernels.commands.train.folder import RunFolder
 from longact_kernels.commands.train.trainer import DriverTrainer
+
+
+class LockCheck(TrainerCallback):
+    """Looks at every step whether the folder is still this process's, before the step is logged and saved."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.folder.check_lock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.folder.check_lock()
 
 
 class LinesFile(TrainerCallback):
@@ -22,13 +36,18 @@ class LinesFile(TrainerCallback):
     Args:
         path: the file; what it holds of steps after `resumed_step` is dropped, since they are taken again.
         resumed_step: the step of the checkpoint that the run goes on from; 0 for a new run.
+
+    Attributes:
+        shape: of a line.
     """
+
+    shape: dict
 
     def __init__(self, path: Path, resumed_step: int = 0):
         self.path, self.resumed_step = path, resumed_step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = [record for record in read_metrics(self.path) if record["step"] <= self.resumed_step]
+        kept = [record for record in read_lines(self.path, self.shape) if record["step"] <= self.resumed_step]
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, step: int, record: dict) -> None:
@@ -43,6 +62,8 @@ class MetricsFile(LinesFile):
     Args:
         path, resumed_step: of `LinesFile`.
     """
+
+    shape = METRICS
 
     def __init__(self, path: Path, resumed_step: int = 0):
         super().__init__(path, resumed_step)
@@ -78,6 +99,8 @@ class DetailsFile(LinesFile):
         trainer: which generates.
         longact: None for a dense run.
     """
+
+    shape = DETAILS
 
     def __init__(self, path: Path, resumed_step: int, trainer: DriverTrainer, longact: LongAct | None):
         super().__init__(path, resumed_step)

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
 from longact_kernels import LongAct
-from longact_kernels.commands.files import read_json, write_json, write_whole
+from longact_kernels.commands.console import Failure
+from longact_kernels.commands.files import naming, read_json, write_json, write_whole
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.checkpoints import (
     RUN,
@@ -156,13 +157,31 @@ class RunFolder:
             raise ValueError(
                 f"output_dir: {self.path} is in use by {of}; wait for it or stop it, or name another output_dir"
             ) from error
+        self._inode = (self.path / LOCK).stat().st_ino
+
+    def check_lock(self) -> None:
+        """Raises Failure where the lock is not the one that this process holds: somebody has deleted it."""
+        if self._lock is None:
+            return
+        with naming(self.path):
+            self.path.stat()
+        try:
+            ours = (self.path / LOCK).stat().st_ino == self._inode
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            raise Failure(
+                f"{self.path / LOCK} has been deleted, and another process may write to the folder by now; this one "
+                "writes no more. Go on from the last checkpoint with --resume, once no other process is there"
+            )
 
     def close(self) -> None:
         """Gives the folder back; if no run has begun in it, nothing of it is left."""
         if self._lock is None:
             return
         begun = (self.path / "run.json").is_file()
-        with suppress(OSError):  # by now it may be gone, or read-only
+        with suppress(OSError, Failure):  # by now it may be gone, read-only, or another process's
+            self.check_lock()
             (self.path / OWNER).unlink(missing_ok=True)
             if not begun:
                 (self.path / LOCK).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from longact_kernels.commands.files import write_json, write_whole
 from longact_kernels.commands.page import both_styles, cards, document, pairs, picture, table
 from longact_kernels.commands.train.arguments import TrainArguments
 from longact_kernels.commands.train.evaluate import Evaluation
-from longact_kernels.commands.train.figures import draw
+from longact_kernels.commands.train.figures import draw, series
 from longact_kernels.integrations.prompts import question_of
 
 PACKAGES = ("longact_kernels", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "numba")
@@ -41,12 +41,12 @@ def summarize(
     state_bytes: tuple[int, int] | None,
 ) -> dict:
     """All figures of a run, as plain data; `state_bytes` are ours and dense AdamW's, `None` for a dense run."""
-    rewards = [record["reward"] for record in metrics if "reward" in record]
+    rewards = series(metrics, "reward")[1]
     seconds = [record["seconds_per_step"] for record in metrics]
     tokens = [record["tokens_per_second"] for record in metrics]
     # A single step's reward is a few prompts' luck: both ends are means over a fifth of the run.
     ends = max(1, len(rewards) // 5)
-    churn = [record["churn"] for record in metrics if "churn" in record]
+    churn = series(metrics, "churn")[1]
     return {
         "model": arguments.model,
         "task": arguments.subject,
@@ -67,7 +67,7 @@ def summarize(
             "last": mean(rewards[-ends:]) if rewards else None,
         },
         "seconds_per_step": median(seconds) if metrics else None,
-        "tokens_per_second": fmean(tokens, seconds) if metrics else None,
+        "tokens_per_second": fmean(tokens, seconds if any(seconds) else None) if metrics else None,
         "salient_state_bytes": dict(zip(("longact", "dense_adamw"), state_bytes, strict=True)) if state_bytes else None,
         "churn": mean(churn) if churn else None,
         "arguments": arguments.what_is_trained(),
@@ -101,7 +101,7 @@ def installed() -> dict[str, str]:
 
 def headline(summary: dict) -> list[tuple[str, str]]:
     """The few figures that matter, with their names."""
-    accuracy, reward, state = summary["accuracy"], summary["reward"], summary["salient_state_bytes"]
+    accuracy, reward, state = summary["accuracy"], summary["reward"], summary.get("salient_state_bytes")
     lines = [
         (
             f"held-out {summary['measure']}, {accuracy['prompts']} prompts",
@@ -109,16 +109,18 @@ def headline(summary: dict) -> list[tuple[str, str]]:
             f"{accuracy['after']:.3f} ± {accuracy['after_standard_error']:.3f}",
         )
     ]
-    if summary["steps"]:
+    if reward.get("first") is not None and reward.get("last") is not None:
         ends = reward["steps_at_each_end"]
-        lines += [
+        lines.append(
             (
                 f"mean reward, first → last {ends} of {reward['steps']} sampled batches",
                 f"{reward['first']:.3f} → {reward['last']:.3f}",
-            ),
-            ("time of a step, median", f"{summary['seconds_per_step']:.1f} s"),
-            ("tokens read and written", f"{summary['tokens_per_second']:,.0f} a second"),
-        ]
+            )
+        )
+    if summary.get("seconds_per_step") is not None:
+        lines.append(("time of a step, median", f"{summary['seconds_per_step']:.1f} s"))
+    if summary.get("tokens_per_second") is not None:
+        lines.append(("tokens read and written", f"{summary['tokens_per_second']:,.0f} a second"))
     if state:
         ours, dense = state["longact"], state["dense_adamw"]
         lines.append(
@@ -127,7 +129,7 @@ def headline(summary: dict) -> list[tuple[str, str]]:
                 f"{ours / 1e6:,.1f} MB, {ours / dense:.2f} of dense AdamW's {dense / 1e6:,.1f} MB",
             )
         )
-    if summary["churn"] is not None:
+    if summary.get("churn") is not None:
         lines.append(("churn of the salient sets, mean", f"{summary['churn']:.3f}"))
     return lines
 
@@ -170,7 +172,7 @@ def page(
     for change in summary["changes"]:
         name, step = change["option"], change["step"]
         options[name] = f"{options.get(name, change['to'])} ({change['from']} up to step {step})"
-    samples = [record["sample"] for record in details if "sample" in record]
+    samples = [record["sample"] for record in details if record.get("sample")]
     return document(
         f"{summary['model']} on {summary['task']}",
         f"{method}, {summary['steps']} steps, {summary['parameters']:,} parameters",

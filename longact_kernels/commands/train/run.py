@@ -18,9 +18,15 @@ from trl.rewards import get_soft_overlong_punishment
 
 from longact_kernels import LongAct
 from longact_kernels.commands.console import did_you_mean, hide_library_bars, progress_bar
-from longact_kernels.commands.files import read_metrics
+from longact_kernels.commands.files import DETAILS, METRICS, read_lines
 from longact_kernels.commands.train.arguments import TrainArguments
-from longact_kernels.commands.train.callbacks import DetailsFile, GracefulInterrupt, MetricsFile, TrainingProgress
+from longact_kernels.commands.train.callbacks import (
+    DetailsFile,
+    GracefulInterrupt,
+    LockCheck,
+    MetricsFile,
+    TrainingProgress,
+)
 from longact_kernels.commands.train.checkpoints import saving
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
 from longact_kernels.commands.train.folder import RunFolder
@@ -104,6 +110,7 @@ class Run:
         if training.process_index == 0:
             self.folder.own()
             writing = [
+                LockCheck(self.folder),
                 MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
                 DetailsFile(self.folder.details, self.folder.checkpoint_step, self.trainer, self.longact),
                 self.progress,
@@ -184,6 +191,7 @@ class Run:
         weights = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
         if self.training.process_index > 0:
             return
+        self.folder.check_lock()
         saliency = {}
         state_bytes = None
         if self.longact is not None:
@@ -194,10 +202,10 @@ class Run:
             self.longact.restore()
         with saving(self.folder.path / "model"):
             self.folder.save_model(self.model, self.tokenizer, weights)
-        metrics = read_metrics(self.folder.metrics)
+        metrics = read_lines(self.folder.metrics, METRICS)
         summary = summarize(self.arguments, self.training, self.model, metrics, before, after, state_bytes)
         summary["changes"] = self.folder.changes
-        details = read_metrics(self.folder.details)
+        details = read_lines(self.folder.details, DETAILS)
         write_report(self.folder.path, summary, metrics, details, saliency, self.held_out, before, after)
         self.console.print(summary_table(summary))
         for name in ("report.html", "model"):
