@@ -28,7 +28,7 @@ def read_rows(source: str, argument: str) -> tuple[dict, ...]:
 def read_json_lines(path: Path, argument: str) -> list[dict]:
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for i, line in enumerate(lines, start=1):
                 if line.strip():
                     rows.append(json.loads(line))

@@ -194,3 +194,4 @@ def test_a_summary_of_another_shape_is_named(run, tmp_path, refused, content):
 def test_compare_takes_runs_only(run, tmp_path, refused):
     assert "holds no training run: it has no run.json" in refused("compare", run, tmp_path)
     assert "twice" in refused("compare", run, f"{run}/")
+    assert f"output: {tmp_path} is a folder" in refused("compare", run, "--output", tmp_path)

@@ -15,6 +15,7 @@ from longact_kernels.tasks import TASKS, Setting, build_dataset
 from longact_kernels.tasks.build import largest
 from longact_kernels.tasks.documents import Library, Question
 from longact_kernels.tasks.haystack import NOISE, Haystack, read_haystack
+from longact_kernels.tasks.rows import read_json_lines
 
 WORDS, UUID = r"[a-z]+-[a-z]+", r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 LINE = re.compile(rf"One of the special magic (number|uuid)s for ({WORDS}|{UUID}) is: (\d{{7}}|{UUID})\.")
@@ -270,6 +271,11 @@ def test_a_longer_haystack_has_the_same_needles(seed, size):
     for text in texts:
         assert 0 <= text.index("A!") < text.index("B!")
     assert len(short) and len(long)
+
+
+def test_rows_with_a_byte_order_mark_and_empty_lines(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "1"}\r\n\r\n{"a": "2"}\r\n')
+    assert read_json_lines(tmp_path / "rows.jsonl", "dataset") == [{"a": "1"}, {"a": "2"}]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`longact compare`: its arguments."""
 
-from longact_kernels.commands.console import Parser, refusing
+from pathlib import Path
+
+from longact_kernels.commands.console import Parser, Refusal, refusing
 
 
 def main(argv: list[str]) -> int:
@@ -10,6 +12,8 @@ def main(argv: list[str]) -> int:
         Refusal: bad input.
     """
     arguments = parser().parse_args(argv)
+    if arguments.output and Path(arguments.output).is_dir():
+        raise Refusal(f"output: {arguments.output} is a folder; name a file, such as compare.html")
     from longact_kernels.commands.compare.report import read_runs, write_comparison
 
     with refusing():

@@ -1,6 +1,7 @@
 """What a study leaves: a CSV of all runs, a table of the arms, pictures, and a page with all of it."""
 
 import csv
+import io
 import math
 from dataclasses import dataclass, fields
 from html import escape
@@ -93,7 +94,7 @@ def write_results(study: Study, folder: Path, results: list[dict], console: Cons
     write_json(folder / "study.json", {"arms": [as_dict(row) for row in rows], "versions": about})
     images = both_styles(lambda: draw(study, results))
     for name, (light, _) in images.items():
-        (folder / f"{name}.png").write_bytes(light)
+        write_whole(folder / f"{name}.png", light)
     write_whole(folder / "report.html", page(study, rows, images, about))
     write_whole(
         folder / "tables.md", "\n".join(as_markdown([part(row) for row in rows]) for part in (outcomes, comparisons))
@@ -113,12 +114,13 @@ def versions(results: list[dict]) -> dict[str, str]:
 def write_csv(path: Path, results: list[dict]) -> None:
     """One line a run; the scores of `longact eval` behind the other columns."""
     tasks = list(dict.fromkeys(task for one in results for task in (one.get("eval") or {})))
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, *tasks])
-        for one in results:
-            scores = one.get("eval") or {}
-            writer.writerow([*(one.get(key) for key in COLUMNS), *(scores.get(task) for task in tasks)])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*COLUMNS, *tasks])
+    for one in results:
+        scores = one.get("eval") or {}
+        writer.writerow([*(one.get(key) for key in COLUMNS), *(scores.get(task) for task in tasks)])
+    write_whole(path, text.getvalue())
 
 
 def as_dict(row: Row) -> dict:

@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     if results := results_of(runs):
         write_results(study, folder.path, results, console)
     for name in failed:
-        console.print(f"{name} failed: {last_line(folder.log(name))} ({folder.log(name)})", markup=False)
+        console.print(
+            f"{name} failed: {last_line(folder.log(name))} ({folder.log(name)})", soft_wrap=True, markup=False
+        )
     if stopped or failed:
         done = len(tried) + len(results)
         console.print(f"{done} of {len(tuning) + len(runs)} runs are finished. Run the same command again to continue.")
@@ -177,5 +179,5 @@ class Bars:
 
 
 def last_line(path: Path) -> str:
-    lines = path.read_text().strip().splitlines() if path.is_file() else []
-    return lines[-1].strip() if lines else "it left no output"
+    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    return lines[-1].strip() if lines else "it left no output, as on a full disk"
