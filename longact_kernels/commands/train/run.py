@@ -1,5 +1,6 @@
 """A run of `longact train`: it checks everything, then evaluates, trains, evaluates again and writes the report."""
 
+import re
 from functools import partial
 from importlib.util import find_spec
 
@@ -7,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -81,6 +83,8 @@ class Run:
                     "stochastic_rounding: got True, but the weights are float32, which need none; leave it out, or set "
                     "a 16-bit dtype in model_init_kwargs"
                 )
+            if arguments.frozen is not None:
+                freeze(self.model, arguments.frozen)
             self.longact = None
             if arguments.longact:
                 self.longact = LongAct(self.model, **arguments.longact_options(), seed=training.seed)
@@ -220,6 +224,25 @@ class EvaluationBefore(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.run.before()
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    """Freezes the parameters that a regular expression is found in a name of; tied weights have several names.
+
+    Raises:
+        ValueError: there is none, or no other that trains.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = [p for name, p in named.items() if re.search(pattern, name)]
+    if not found:
+        raise ValueError(
+            f"frozen: got {pattern!r}, which is found in no name of a parameter; needed a part of one, such as of "
+            f"{next(iter(named))}"
+        )
+    for p in found:
+        p.requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise ValueError(f"frozen: got {pattern!r}, which leaves nothing to train; needed a narrower one")
 
 
 def reward_of(arguments: TrainArguments) -> Reward:
