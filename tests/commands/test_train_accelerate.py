@@ -29,7 +29,8 @@ def share_of_letters(completions, **_):
 
 def completions(self, prompt_ids, *args, **kwargs):
     drawn = []
-    for i, ids in enumerate(prompt_ids):
+    # Which of its prompt's completions it is, in whatever process.
+    for i, ids in enumerate(prompt_ids, self.accelerator.process_index * len(prompt_ids)):
         generator = torch.Generator().manual_seed(zlib.crc32(repr((ids, i % 4)).encode()))
         drawn.append(torch.randint(2, 250, (4 + i % 4,), generator=generator).tolist() + [1])
     return drawn, None
@@ -64,7 +65,8 @@ def place(tmp_path):
 def run(place, name, processes, output, *more):
     """Runs it, and gives what it printed."""
     config = ["--config_file", CONFIGS / f"{name}.yaml", "--num_processes", processes]
-    launch = ["-m", "accelerate.commands.launch", *config] if processes > 1 else []
+    shards = name == "fsdp2" and "--resume" in more  # which one process loads under FSDP alone
+    launch = ["-m", "accelerate.commands.launch", *config] if processes > 1 or shards else []
     words = [sys.executable, *launch, "fixed.py", name, "train", "--model", "model", "--output_dir", output]
     words += ["--dataset", "rows.jsonl", *OPTIONS.split(), "--model_init_kwargs", '{"dtype": "float32"}', *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -110,15 +112,23 @@ WHOLE = ["--per_device_train_batch_size", 8, "--num_iterations", 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "options", "shares"), [(1, PARTS, "4, 1"), (2, TWO, "2, 4"), (1, WHOLE, "4, 1")])
-def test_a_run_goes_on_with_another_number_of_processes(place, before, options, shares):
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "options", "shares"),
+    [
+        ("ddp", 1, 2, PARTS, "4, 1"),
+        ("ddp", 2, 1, TWO, "2, 4"),
+        ("ddp", 1, 2, WHOLE, "4, 1"),
+        ("fsdp2", 2, 4, TWO, "2, 1"),
+        ("fsdp2", 2, 1, TWO, "2, 4"),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(place, kind, before, after, options, shares):
     options = [*options, "--save_steps", 2, "--max_steps", 4, "--refresh_every", 3]
-    after = 3 - before
-    run(place, "ddp", before, "whole", *options)
+    run(place, kind, before, "whole", *options)
     shutil.copytree(place / "whole", place / "resumed")
     for path in ("checkpoint-4", "model"):
         shutil.rmtree(place / "resumed" / path)
-    said = " ".join(run(place, "ddp", after, "resumed", *options, "--resume").split())
+    said = " ".join(run(place, kind, after, "resumed", *options, "--resume").split())
     assert f"going on with processes {after} instead of {before}: a step takes 8 completions as before" in said
     size, steps = shares.split(", ")
     assert f"(per_device_train_batch_size {size}, gradient_accumulation_steps {steps})" in said
