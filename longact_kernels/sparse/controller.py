@@ -692,8 +692,9 @@ class LongAct:
 
         Raises:
             TypeError: for what is no optimizer.
-            ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer without any of the
-                salient weights; or for a loaded state dict that was saved with sets of other sizes.
+            ValueError: with `grad="compact"`, which a stock optimizer does not see; for an optimizer that steps by
+                another one; for an optimizer without any of the salient weights; or for a loaded state dict that was
+                saved with sets of other sizes.
         """
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: got a {type(optimizer).__name__}, needed a torch.optim.Optimizer")
@@ -703,6 +704,13 @@ class LongAct:
             raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
         if getattr(optimizer, "steps_salient_weights", False):
             return  # it finds its controllers by itself
+        for inner in vars(optimizer).values():
+            known = getattr(inner, "steps_salient_weights", False) or getattr(inner, "_longact", None) is self
+            if isinstance(inner, torch.optim.Optimizer) and not known:
+                raise ValueError(
+                    f"attach: this {type(optimizer).__name__} steps by the {type(inner).__name__} in it; attach that "
+                    "one before it is wrapped, or have SalientAdamW in its place"
+                )
         self.check()
         if not self.held_by(optimizer):
             raise ValueError(

@@ -198,6 +198,28 @@ def test_attaching_to_an_optimizer_of_other_weights_of_the_model():
         longact.attach(torch.optim.AdamW(model.lm_head.parameters()))
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that steps by another one, as ZeroRedundancyOptimizer and Lookahead do."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_attaching_to_an_optimizer_around_a_stock_one():
+    """On the ranks that hold no salient weights, the stock one would step without an error."""
+    model = tiny_model()
+    longact = LongAct(model)
+    wrapper = Wrapper(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="this Wrapper steps by the AdamW in it"):
+        longact.attach(wrapper)
+    longact.attach(Wrapper(SalientAdamW(model.parameters())))
+    longact.attach(wrapper.inner)
+
+
 def test_attaching_before_the_model_is_replaced_by_loading():
     """The optimizer then holds parameters that no layer has any more."""
     model, _, optimizer = stock_run()
