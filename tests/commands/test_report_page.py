@@ -42,6 +42,7 @@ def report_of_a_study(root: Path) -> Path:
             before, middle, after = np.cumsum(rng.uniform(0, 0.3, 3)).tolist()
             found = {"arm": name, "seed": seed, "before": before, "after": after, "score": after, "reward": after}
             found |= {"curve": [[0, before], [50, middle], [100, after]], "moved": 0.3, "state": 1.0}
+            found |= {"learning_rate": 5e-4, "trained": 90_000}
             found |= {"churn": 0.1, "seconds_per_step": 0.5, "versions": {"torch": f"{seed}.0"}}
             results.append(found)
     write_results(study, root, results, Console(quiet=True))
