@@ -32,8 +32,7 @@ def connect(longact: LongAct, optimizer: Any) -> None:
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(layer.weight) in held for layer in longact.layers.values()):
+    if not longact.held_by(optimizer):
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} holds none of the weights that LongAct is on; make it from the "
             "parameters of the model that is trained"

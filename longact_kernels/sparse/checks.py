@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longact_kernels.sparse.config import LongActConfig
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.projections import Projection
+from longact_kernels.sparse.registry import ids_of
 from longact_kernels.sparse.sharding import is_sharded
 from longact_kernels.sparse.tensor_parallel import wrapped_forward
 from longact_kernels.warning import LongActWarning
@@ -83,7 +84,7 @@ def apart(layers: Mapping[str, SalientLayer]) -> None:
 
 def trained(layers: Mapping[str, SalientLayer], optimizer: torch.optim.Optimizer) -> None:
     """Warns of a layer that has another weight now than the one that an optimizer about to step holds."""
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ids = ids_of(optimizer)
     for name, layer in layers.items():
         old, new = layer.salient.passes.weight, layer.weight
         if old is not None and old is not new and new.requires_grad and id(old) in ids and id(new) not in ids:

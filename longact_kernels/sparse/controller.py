@@ -25,7 +25,7 @@ from longact_kernels.sparse.config import LongActConfig, difference, field_names
 from longact_kernels.sparse.finite import Found, Watch
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import EXPERT, Projection, find_projections
-from longact_kernels.sparse.registry import controllers, register
+from longact_kernels.sparse.registry import controllers, ids_of, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
@@ -590,7 +590,7 @@ class LongAct:
             self._join()
         if first and bad is not None:
             self._chosen.take_back(bad)
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
+        ids = None if optimizer is None else ids_of(optimizer)
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
                 layer.salient.has_grad = False  # a step uses a compact gradient up
@@ -681,7 +681,7 @@ class LongAct:
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer holds any of the salient weights."""
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        ids = ids_of(optimizer)
         return any(id(layer.weight) in ids for layer in self.layers.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:

@@ -30,6 +30,11 @@ def salient_weights() -> dict[int, tuple[Any, SalientLayer]]:
     return {id(layer.weight): (longact, layer) for longact in controllers() for layer in longact.layers.values()}
 
 
+def ids_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer holds."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Before any optimizer's step: one that we do not know of would train salient weights densely."""
     if getattr(optimizer, "steps_salient_weights", False) or not _registry:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longact_kernels.ops.sparse_adamw import check_number
 from longact_kernels.sparse.batch import TellingZeroGrad
+from longact_kernels.sparse.registry import ids_of
 
 
 class Attached:
@@ -24,7 +25,7 @@ class Attached:
         self.longact = longact
         self.verdict: Tensor | None = None  # that of the step under way
         optimizer._longact = longact
-        TellingZeroGrad(optimizer, lambda: longact.zero_grad(_ids(optimizer)))
+        TellingZeroGrad(optimizer, lambda: longact.zero_grad(ids_of(optimizer)))
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         optimizer.register_state_dict_post_hook(self._save)
@@ -115,7 +116,3 @@ class Attached:
         saved = optimizer.param_groups[0].pop("longact", None)
         for name, layer in self.longact.layers.items() if saved else ():
             self.longact.load_state_for(layer.salient, saved[name])
-
-
-def _ids(optimizer: Any) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
