@@ -1,7 +1,6 @@
 """What a study's YAML file says: a setting, the options that all runs share, and the arms, which differ in few."""
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from trl import ModelConfig
 from longact_kernels.commands.console import did_you_mean
 from longact_kernels.commands.study.recall import Recall
 from longact_kernels.commands.train.arguments import LONGACT
+from longact_kernels.commands.train.limits import check_pattern
 
 SETTINGS = ("recall", "train")
 DENSE = "dense"
@@ -161,7 +161,7 @@ def read_study(path: Path) -> Study:
     curve_every = content.get("curve_every", 0)
     if not isinstance(curve_every, int) or curve_every < 0:
         raise ValueError(f"curve_every: got {curve_every!r}, needed a number of steps, or 0")
-    frozen = pattern(content.get("frozen"), "frozen")
+    check_pattern("frozen", frozen := content.get("frozen"))
     study = Study(path.stem, content["setting"], options, arms, reference, frozen, curve_every, evaluate)
     return with_tuning(study, content)
 
@@ -192,7 +192,7 @@ def read_arm(name: str, content: dict, seeds: list[int]) -> Arm:
         raise ValueError(f"arms: got the name {name!r}, needed letters, digits, '-', '_' and '.', as in a file's name")
     options = dict(content)
     seeds = seeds_of(options.pop("seeds", seeds), f"arms: {name}: seeds")
-    frozen = pattern(options.pop("frozen", None), f"arms: {name}: frozen")
+    check_pattern(f"arms: {name}: frozen", frozen := options.pop("frozen", None))
     lora = {key: options.pop(key) for key in LORA_OPTIONS if key in options}
     remark = "arms share data and compute: see options; learning_rates chooses a rate for each"
     check_keys(options, [*ARM_OPTIONS, *LORA_OPTIONS], f"arms: {name}", remark)
@@ -208,14 +208,6 @@ def bases_of(content: dict) -> list[Recall]:
     check_keys(content, [of.name for of in dataclasses.fields(Recall)], "base")
     pairs = content.get("pairs", Recall.pairs)
     return [Recall(**content | {"pairs": one}) for one in (pairs if isinstance(pairs, list) else [pairs])]
-
-
-def pattern(content: Any, where: str) -> str | None:
-    try:
-        re.compile(content or "")
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{where}: got {content!r}, needed a regular expression: {error}") from error
-    return content
 
 
 def mapping(content: Any, where: str) -> dict:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import Recall, make_base
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.figures import series
-from longact_kernels.commands.train.run import Run
+from longact_kernels.commands.train.run import Run, freeze
 from longact_kernels.sparse.projections import find_projections
 
 POINT = {"step": int, "accuracy": NUMBER}
@@ -190,9 +189,8 @@ class Training:
         """Trains; returns what was seen, or None if it was stopped."""
         weights = self.weights(run)
         before = [weight.detach().clone() for weight in weights]
-        for name, parameter in run.model.named_parameters():
-            if any(re.search(frozen, name) for frozen in self.beyond()["frozen"]):
-                parameter.requires_grad_(False)
+        for pattern in self.beyond()["frozen"]:
+            freeze(run.model, pattern)
         adapter = self.adapter(run)
         curve = Curve(run, self.study.curve_every)
         if self.study.curve_every:

@@ -16,7 +16,7 @@ from trl import GRPOConfig, TrlParser
 
 from longact_kernels.commands.console import Parser, did_you_mean
 from longact_kernels.commands.train.algorithms import ALGORITHMS, Algorithm
-from longact_kernels.commands.train.limits import of_another_type, out_of_limits
+from longact_kernels.commands.train.limits import check_pattern, of_another_type, out_of_limits
 from longact_kernels.commands.train.resuming import read_options, share_out
 from longact_kernels.integrations.packaged import PACKAGED
 from longact_kernels.sparse.config import LongActConfig, fields
@@ -164,10 +164,7 @@ class TrainArguments(LongActOptions):
             raise ValueError(f"lengths: got {self.lengths} and length {self.length}; leave one of them out")
         if not 0 <= self.overlong_share <= 1:
             raise ValueError(f"overlong_share: got {self.overlong_share}, needed a share from 0 to 1")
-        try:
-            re.compile(self.frozen or "")
-        except re.error as error:
-            raise ValueError(f"frozen: got {self.frozen!r}, needed a regular expression: {error}") from error
+        check_pattern("frozen", self.frozen)
         self.stages()
         LongActConfig(**self.longact_options())
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from enum import EnumType
 from types import NoneType, UnionType
@@ -76,6 +77,14 @@ def is_of(value: Any, hint: Any) -> bool:
     if isinstance(value, bool) and hint in (int, float):
         return False
     return isinstance(value, int | float if hint is float else get_origin(hint) or hint)
+
+
+def check_pattern(name: str, value: Any) -> None:
+    """Raises ValueError for what is neither a regular expression nor None."""
+    try:
+        re.compile(value or "")
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: got {value!r}, needed a regular expression: {error}") from error
 
 
 def out_of_limits(options: dict[str, Any]) -> str | None:
