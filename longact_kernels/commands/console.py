@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -102,6 +103,8 @@ def run_command(name: str, module: str, argv: list[str]) -> int:
     except Failure as failure:
         return refuse(f"longact {name}", failure, FAILED)
     except OSError as failure:
+        if failure.errno == errno.ENAMETOOLONG and failure.filename:
+            return refuse(f"longact {name}", too_long(str(failure.filename), argv))
         if failure.filename is None and failure.errno not in FULL_OR_BROKEN:
             raise
         where = f"cannot read or write {failure.filename or 'a file'}"
@@ -121,6 +124,14 @@ def refuse(who: str, error: object, status: int = BAD_INPUT) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def too_long(path: str, argv: Sequence[str]) -> str:
+    """What is wrong with a path that no file can have, by the option that names it on the command line."""
+    words = ["", *(part for word in argv for part in word.split("=", 1))]
+    option = max(itertools.pairwise(words), key=lambda one: len(one[1]) * (one[1] in path))[0]
+    named = f"{option.removeprefix('--')}: " * option.startswith("--")
+    return f"{named}got {path[:40]!r}…, a path of {len(path)} characters, which no file can have; needed shorter names"
 
 
 def missing_module(error: BaseException | None) -> str | None:

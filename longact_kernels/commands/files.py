@@ -11,6 +11,7 @@ from typing import Any
 from longact_kernels.warning import LongActWarning
 
 NUMBER = int | float
+POSITIVE = (NUMBER, lambda number: number > 0)
 # What is read of the lines of a run's files; see `check_shape`.
 METRICS = {
     "step": int,
@@ -26,8 +27,8 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
     """Whether JSON is of a shape.
 
     Args:
-        shape: a type; `[of]` for a list; `{str: of}` for an object with any keys; an object with these keys, of which
-            those that end in "?" may be missing or null.
+        shape: a type, or `(type, fits)`; `[of]` for a list; `{str: of}` for an object with any keys; an object with
+            these keys, of which those that end in "?" may be missing or null.
 
     Raises:
         ValueError: it is not; the message names the part.
@@ -43,6 +44,10 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
     elif isinstance(shape, list) and isinstance(value, list):
         for one in value:
             check_shape(one, shape[0], name)
+    elif isinstance(shape, tuple):
+        check_shape(value, shape[0], name)
+        if not shape[1](value):
+            raise ValueError(f"{name}: got {str(value)[:40]!r}")
     elif isinstance(shape, dict | list) or not isinstance(value, shape):
         raise ValueError(f"{name}: got {str(value)[:40]!r}")
     elif isinstance(value, int) and abs(value) > 2**63:

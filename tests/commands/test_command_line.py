@@ -44,6 +44,28 @@ def test_misspelt_options(refused, command, words, message):
     assert message in refused(command, *words)
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "option"),
+    [
+        ("train", ["--output_dir", "LONG"], "output_dir: "),
+        ("train", ["--task", "niah_single_1", "--output_dir=runs/LONG"], "output_dir: "),
+        ("train", ["--resume", "--output_dir", "LONG"], "output_dir: "),
+        ("train", ["--model", "LONG"], "model: "),
+        ("train", ["--dataset", "LONG.jsonl"], "dataset: "),
+        ("inspect", ["LONG"], ""),
+        ("eval", ["model", "--output", "LONG"], "output: "),
+        ("perturb", ["LONG"], ""),
+        ("compare", ["LONG"], ""),
+    ],
+)
+def test_a_path_that_no_file_can_have(refused, tmp_path, monkeypatch, model, command, words, option):
+    monkeypatch.chdir(model.parent)
+    long = "x" * 300
+    message = refused(command, *(word.replace("LONG", long) for word in words))
+    assert message.startswith(f"longact {command}: error: {option}got '"), message
+    assert "needed shorter names" in message
+
+
 def test_a_reader_that_goes_is_quiet():
     command = f"{sys.executable} -m longact_kernels.cli completion bash | head -1"
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""

@@ -153,13 +153,37 @@ def test_ctrl_c_keeps_the_answers(model, oracle, tmp_path, monkeypatch, capsys):
     assert len(oracle) == 4 == len(set(oracle))
 
 
+MODEL = {"name": "a", "state": "b"}
+SAMPLES = [{"document": str(i), "score": float(i), "target": "", "answer": ""} for i in range(3)]
+
+
 @pytest.mark.parametrize(
-    "content", ['{"cells": []}', '{"model": 3, "cells": []}', '{"model": {"name": "a", "state": "b"}}']
+    "content",
+    [
+        *[{"cells": []}, {"model": 3, "cells": []}, {"model": MODEL}],
+        *({"model": MODEL, "cells": cells} for cells in ({}, [3], [{}], [{"task": 3}], [{"task": "t", "length": "8"}])),
+    ],
 )
-def test_damaged_results_are_named(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"results\.json is damaged"):
-        ResultFolder(tmp_path)
+def test_damaged_results_are_named(tmp_path, refused, content):
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert "results.json is damaged" in refused("eval", "--compare", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *[{"samples": 3}, {"samples": []}, {"samples": [3]}, {"samples": [{"document": "0"}]}],
+        *({"samples": [*SAMPLES, {**SAMPLES[0], **wrong}]} for wrong in ({"score": "1"}, {"document": [1]})),
+        *[{"notes": 3}, {"length": "8"}, {"task": None}, {"more": 1}],
+    ],
+)
+def test_a_damaged_cell_is_named(tmp_path, refused, content):
+    folder = ResultFolder(tmp_path, MODEL)
+    folder.write([folder.cell("t", 8, {}, lambda: Cell("t", 8, "m", SAMPLES))])
+    path = tmp_path / "samples" / "t-8.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    message = refused("eval", "--compare", tmp_path, tmp_path)
+    assert f"{path} is " in message and "damaged" in message
 
 
 def test_answers_are_kept_as_they_were(tmp_path):

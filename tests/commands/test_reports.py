@@ -182,7 +182,10 @@ def test_a_line_with_a_value_of_another_type_is_named_and_the_page_is_written(ru
 
 @pytest.mark.parametrize(
     "content",
-    [{"a": 1}, {"accuracy": 3}, {"accuracy": {"before": "x"}}, {"reward": []}, {"salient_state_bytes": {"longact": 1}}],
+    [
+        *[{"a": 1}, {"accuracy": 3}, {"accuracy": {"before": "x"}}, {"reward": []}],
+        *({"salient_state_bytes": {"longact": 1, **dense}} for dense in ({}, {"dense_adamw": 0}, {"dense_adamw": -1})),
+    ],
 )
 def test_a_summary_of_another_shape_is_named(run, tmp_path, refused, content):
     copied = shutil.copytree(run, tmp_path / "run")

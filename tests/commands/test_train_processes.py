@@ -1,10 +1,14 @@
 """`longact train` in two processes, and generation by a model that is sharded over two."""
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from longact_kernels.cli import main
+from longact_kernels.commands.console import Failure
+from longact_kernels.commands.train import callbacks, folder
+from longact_kernels.commands.train.callbacks import MetricsFile
 from longact_kernels.integrations.generation import generate
 
 OPTIONS = """--length 420 --train_prompts 8 --eval_prompts 3 --per_device_train_batch_size 8 --num_generations 4
@@ -43,8 +50,8 @@ def arguments(place, name, *more):
     return ["train", "--model", place / "model", "--output_dir", place / name, *OPTIONS.split(), *more]
 
 
-def in_two_processes(place, kind, name, *more):
-    program = ["-m", "longact_kernels.cli"] if kind == "ddp" else [place / "as_on_gpus.py"]
+def in_two_processes(place, kind, name, *more, program=("-m", "longact_kernels.cli")):
+    program = program if kind == "ddp" else [place / "as_on_gpus.py"]
     options = [] if kind == "ddp" else ["--config", place / "fsdp.yaml"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
@@ -105,6 +112,55 @@ def test_two_processes_are_one_run(place, monkeypatch):
 def test_bad_input_is_said_once(place):
     refused = in_two_processes(place, "ddp", "bad", "--density", "2")
     assert refused.stderr.count("longact train: error: density: got 2.0") == 1
+
+
+DELETES_ITS_LOCK = """
+import sys
+from pathlib import Path
+from longact_kernels.cli import main
+from longact_kernels.commands.train import callbacks, folder
+from longact_kernels.commands.train.callbacks import MetricsFile
+
+lock = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / ".lock"
+MetricsFile.on_optimizer_step = lambda self, args, state, control, **_: (
+    lock.unlink(missing_ok=True) if state.global_step else None
+)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_the_lock_was_deleted(place):
+    (place / "deletes.py").write_text(DELETES_ITS_LOCK)
+    stopped = in_two_processes(place, "ddp", "run", program=[place / "deletes.py"])
+    said = [line for line in stopped.stderr.splitlines() if line.startswith("longact train: error: ")]
+    assert len(said) == 1 and ".lock has been deleted" in said[0], stopped.stderr
+    assert "[rank" not in stopped.stderr  # no other process's traceback
+    assert "step 1/3" in stopped.stdout and "step 2/3" not in stopped.stdout
+    assert (place / "run" / "checkpoint-1").exists() and not (place / "run" / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [Failure("gone"), ValueError("bad"), OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")]
+)
+def test_what_goes_wrong_in_the_first_process_goes_wrong_in_all(tmp_path, monkeypatch, error):
+    sent = []
+
+    def line(*_):
+        raise error
+
+    monkeypatch.setattr(callbacks, "append_line", line)
+    log = SimpleNamespace(path=tmp_path, record=lambda *_: {})
+    step = partial(MetricsFile.on_log, log, None, SimpleNamespace(global_step=1), None, logs={"loss": 1.0})
+    monkeypatch.setattr(folder, "broadcast_object_list", lambda found: sent.append(pickle.dumps(found)) or found)
+    with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
+        step()
+    # Another process, which gets what the first one has sent.
+    monkeypatch.setattr(folder, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(folder, "broadcast_object_list", lambda found: pickle.loads(sent[0]))
+    with pytest.raises(type(error)) as raised:
+        step()
+    assert str(raised.value) == str(error)
 
 
 PROMPTS = [[5, 9, 7, 20, 33], [8], [40, 41, 42], [5, 9, 7]]

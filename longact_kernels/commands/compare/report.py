@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from longact_kernels.commands.files import METRICS, NUMBER, read_json, read_lines, write_whole
+from longact_kernels.commands.files import METRICS, NUMBER, POSITIVE, read_json, read_lines, write_whole
 from longact_kernels.commands.page import both_styles, document, kept, picture, table, value_of
 from longact_kernels.commands.train.figures import CURVES, curves_figure
 from longact_kernels.commands.train.report import headline
@@ -25,7 +25,7 @@ SUMMARY = {
     "reward": {"steps": int, "steps_at_each_end": int, "first?": NUMBER, "last?": NUMBER},
     "seconds_per_step?": NUMBER,
     "tokens_per_second?": NUMBER,
-    "salient_state_bytes?": {"longact": NUMBER, "dense_adamw": NUMBER},
+    "salient_state_bytes?": {"longact": NUMBER, "dense_adamw": POSITIVE},
     "churn?": NUMBER,
     "versions?": {str: str},
 }

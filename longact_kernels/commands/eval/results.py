@@ -7,8 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
-from longact_kernels.commands.files import read_json, write_json
+from longact_kernels.commands.files import NUMBER, read_json, write_json
 
+# What is read of `results.json`, and of the file of a cell.
+RESULTS = {"model": {"name": str, "state": str | None}, "cells": [{"task": str, "length?": int, "skipped?": str}]}
+SAMPLE = {"document": str, "score": NUMBER}
+CELL = {
+    "task": str,
+    "length?": int,
+    "metric": str,
+    "samples": ([SAMPLE], lambda samples: bool(samples)),
+    "notes": [str],
+    "made_with": dict,
+}
 PACKAGES = ("longact_kernels", "lm_eval", "torch", "transformers")
 
 
@@ -77,10 +88,7 @@ class ResultFolder:
 
     def __init__(self, path: Path, model: dict | None = None):
         self.path = path
-        held = read_json(path / "results.json")
-        named = isinstance(held.get("model"), dict) and held["model"].keys() >= {"name", "state"}
-        if held and not (named and isinstance(held.get("cells"), list)):
-            raise ValueError(f"{path / 'results.json'} is damaged (model or cells); restore it, or delete it")
+        held = self._held()
         if model is None and not held:
             raise ValueError(f"compare: {path} holds no results of longact eval")
         if model is not None and not held and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -100,10 +108,13 @@ class ResultFolder:
         """Whether a folder holds results."""
         return (path / "results.json").is_file()
 
+    def _held(self) -> dict:
+        return read_json(self.path / "results.json", RESULTS)
+
     def cells(self) -> list[Cell]:
         """All finished cells, in the order of `results.json`."""
-        listed = read_json(self.path / "results.json")["cells"]
-        return [self.read(cell["task"], cell["length"]) for cell in listed if "skipped" not in cell]
+        listed = self._held()["cells"]
+        return [self.read(cell["task"], cell.get("length")) for cell in listed if "skipped" not in cell]
 
     def cell(self, task: str, length: int | None, made_with: dict, compute: Callable[[], Cell]) -> Cell:
         """The cell, computed and kept unless it is there and was made with these settings."""
@@ -119,7 +130,7 @@ class ResultFolder:
     def read(self, task: str, length: int | None) -> Cell:
         file = self.file(task, length)
         try:
-            return Cell(**read_json(file))
+            return Cell(**read_json(file, CELL))
         except TypeError as error:
             raise ValueError(
                 f"{file} is missing or damaged; restore it, or evaluate again into another folder"
@@ -130,8 +141,8 @@ class ResultFolder:
 
     def write(self, cells: list[Cell]) -> None:
         """Writes `results.json`: these cells, and those of earlier calls that are not among them."""
-        held = read_json(self.path / "results.json").get("cells", [])
-        listed = {(cell["task"], cell["length"]): cell for cell in held}
+        held = self._held().get("cells", [])
+        listed = {(cell["task"], cell.get("length")): cell for cell in held}
         listed |= {(cell.task, cell.length): cell.summary() for cell in cells}
         versions = {package: version(package) for package in PACKAGES}
         content = {"model": self.model, "versions": versions, "cells": list(listed.values())}

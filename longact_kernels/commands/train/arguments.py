@@ -351,6 +351,8 @@ def read(argv: list[str], preset: dict[str, Any]) -> tuple[TrainArguments, GRPOC
     except IndexError as error:
         raise ValueError("--config: needed the path of a YAML file after it") from error
     except (OSError, UnicodeDecodeError) as error:
+        if getattr(error, "filename", config_of(argv)) != config_of(argv):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--config: cannot read {config_of(argv)}: {reason}") from error
     except yaml.YAMLError as error:

@@ -8,30 +8,30 @@ from types import FrameType
 
 from accelerate.utils import gather_object
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from longact_kernels import LongAct
 from longact_kernels.commands.console import progress_bar
 from longact_kernels.commands.files import DETAILS, METRICS, append_line, read_lines, write_whole
-from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.folder import RunFolder, in_first_process
 from longact_kernels.commands.train.trainer import DriverTrainer
 
 
 class LockCheck(TrainerCallback):
-    """Looks at every step whether the folder is still this process's, before the step is logged and saved."""
+    """Looks at every step whether the folder is still this run's, before the step is logged and saved."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.folder.check_lock()
+        in_first_process(self.folder.check_lock)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.folder.check_lock()
+        in_first_process(self.folder.check_lock)
 
 
 class LinesFile(TrainerCallback):
-    """A file with a line of JSON for each log of the loss.
+    """A file with a line of JSON for each log of the loss, written by the first process.
 
     Args:
         path: the file; what it holds of steps after `resumed_step` is dropped, since they are taken again.
@@ -46,12 +46,20 @@ class LinesFile(TrainerCallback):
     def __init__(self, path: Path, resumed_step: int = 0):
         self.path, self.resumed_step = path, resumed_step
 
+    def record(self, state: TrainerState, logs: dict) -> dict:
+        """What a line has of a log, beside its step."""
+        raise NotImplementedError
+
     def on_train_begin(self, args, state, control, **kwargs):
+        in_first_process(self._drop_later)
+
+    def _drop_later(self) -> None:
         kept = [record for record in read_lines(self.path, self.shape) if record["step"] <= self.resumed_step]
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def append(self, step: int, record: dict) -> None:
-        append_line(self.path, {"step": step, **record})
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            in_first_process(lambda: append_line(self.path, {"step": state.global_step, **self.record(state, logs)}))
 
 
 class MetricsFile(LinesFile):
@@ -82,13 +90,11 @@ class MetricsFile(LinesFile):
         self.seconds += time.perf_counter() - self.began
         self.steps += 1
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
+    def record(self, state, logs):
         logs["seconds_per_step"] = self.seconds / self.steps
         logs["tokens_per_second"] = (state.num_input_tokens_seen - self.tokens) / self.seconds
         self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
-        self.append(state.global_step, logs)
+        return logs
 
 
 class DetailsFile(LinesFile):
@@ -106,15 +112,13 @@ class DetailsFile(LinesFile):
         super().__init__(path, resumed_step)
         self.trainer, self.longact = trainer, longact
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
-        record: dict = {}
+    def record(self, state, logs):
+        found: dict = {}
         if self.longact is not None and "churn" in logs:
-            record["churn"] = self.longact.churn
+            found["churn"] = self.longact.churn
         if "reward" in logs:
-            record["sample"] = {"step": state.global_step, **self.trainer.sample()}
-        self.append(state.global_step, record)
+            found["sample"] = {"step": state.global_step, **self.trainer.sample()}
+        return found
 
 
 class TrainingProgress(TrainerCallback):

@@ -53,7 +53,7 @@ T = TypeVar("T")
 # The lock, and who holds it.
 LOCK, OWNER = ".lock", ".owner.json"
 # What a run has before its first checkpoint: nothing that could be gone on with.
-OF_A_START = {LOCK, OWNER, "run.json", "accuracy_before.json", "metrics.jsonl", "details.jsonl"}
+OF_A_START = {LOCK, OWNER, RUN, "accuracy_before.json", "metrics.jsonl", "details.jsonl"}
 # What else it writes at its end.
 FILES = OF_A_START | {"summary.json", "report.html", "saliency.safetensors"}
 
@@ -83,7 +83,7 @@ class RunFolder:
         self._held: dict = {}
         try:
             self.checkpoint, self.changes, self.processes_before = in_first_process(self._open)
-        except ValueError:
+        except (ValueError, OSError):
             self.close()
             raise
 
@@ -102,11 +102,11 @@ class RunFolder:
             for name in OF_A_START - {LOCK, OWNER}:  # of a run with other options
                 (self.path / name).unlink(missing_ok=True)
             return None, [], self.training.world_size
-        if not (self.path / "run.json").is_file():
+        if not (self.path / RUN).is_file():
             raise ValueError(f"output_dir: {self.path} holds no run to resume")
         check_kept(self.training)
         self._acquire()
-        held = self._held = self._defaults() | read_options(self.path / "run.json")
+        held = self._held = self._defaults() | read_options(self.path / RUN)
         checkpoint = self._last_whole(held)
         step = step_of(checkpoint) if checkpoint else 0
         held = as_of(held, step)
@@ -179,7 +179,7 @@ class RunFolder:
         """Gives the folder back; if no run has begun in it, nothing of it is left."""
         if self._lock is None:
             return
-        begun = (self.path / "run.json").is_file()
+        begun = (self.path / RUN).is_file()
         with suppress(OSError, Failure):  # by now it may be gone, read-only, or another process's
             self.check_lock()
             (self.path / OWNER).unlink(missing_ok=True)
@@ -235,7 +235,7 @@ class RunFolder:
         """
         text = json.dumps(prompts, sort_keys=True, default=str)
         self._prompts = hashlib.sha256(text.encode()).hexdigest()
-        held = read_json(self.path / "run.json").get("prompts", self._prompts) if self.arguments.resume else None
+        held = read_json(self.path / RUN).get("prompts", self._prompts) if self.arguments.resume else None
         if held not in (None, self._prompts):
             sources = ("dataset", "documents", "haystack", "task")
             name = next(name for name in sources if getattr(self.arguments, name))
@@ -243,11 +243,6 @@ class RunFolder:
                 f"{name}: {getattr(self.arguments, name)} has other prompts than the run in {self.path} was begun "
                 "with; restore it, or name another output_dir"
             )
-
-    def begin(self) -> None:
-        """Makes the folder this run's."""
-        run = {**as_begun(self._options(), self._held), "prompts": self._prompts, "changes": self.changes}
-        write_json(self.path / "run.json", run)
 
     @property
     def checkpoint_step(self) -> int:
@@ -271,9 +266,14 @@ class RunFolder:
         path = self.path / "accuracy_before.json"
         # Of several processes, the first one's word counts: it may have written while others come to look.
         result = in_first_process(lambda: read_evaluation(path, prompts)) or compute()
-        if PartialState().is_main_process:
-            self.begin()
+
+        run = {**as_begun(self._options(), self._held), "prompts": self._prompts, "changes": self.changes}
+
+        def keep() -> None:
+            write_json(self.path / RUN, run)
             write_json(path, dataclasses.asdict(result))
+
+        in_first_process(keep)
         return result
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict) -> None:
@@ -315,14 +315,14 @@ def read_evaluation(path: Path, prompts: int) -> Evaluation | None:
 
 
 def in_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns, or the ValueError that it raises, in the first process; the same in all of them."""
+    """What `work` on the folder returns, or the error that it ends with, in the first process; the same in all."""
     found: list = [None, None]
     if PartialState().is_main_process:
         try:
             found[0] = work()
-        except ValueError as error:
-            found[1] = str(error)
+        except (ValueError, OSError, Failure) as error:
+            found[1] = error
     value, wrong = broadcast_object_list(found)
     if wrong is not None:
-        raise ValueError(wrong)
+        raise wrong
     return value

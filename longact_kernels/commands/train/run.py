@@ -31,7 +31,7 @@ from longact_kernels.commands.train.callbacks import (
 )
 from longact_kernels.commands.train.checkpoints import saving
 from longact_kernels.commands.train.evaluate import Evaluation, evaluate
-from longact_kernels.commands.train.folder import RunFolder
+from longact_kernels.commands.train.folder import RunFolder, in_first_process
 from longact_kernels.commands.train.prompts import make_prompts, read_sources
 from longact_kernels.commands.train.report import summarize, summary_table, write_report
 from longact_kernels.commands.train.resuming import what_stays
@@ -110,18 +110,16 @@ class Run:
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.remove_callback(ProgressCallback)
-        writing: list[TrainerCallback] = []
-        if training.process_index == 0:
-            self.folder.own()
-            writing = [
-                LockCheck(self.folder),
-                MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
-                DetailsFile(self.folder.details, self.folder.checkpoint_step, self.trainer, self.longact),
-                self.progress,
-            ]
+        in_first_process(self.folder.own)
         # The first one: with it, a run begins.
         self.trainer.callback_handler.callbacks.insert(0, EvaluationBefore(self))
-        for callback in (*writing, self.interrupt):
+        for callback in (
+            LockCheck(self.folder),
+            MetricsFile(self.folder.metrics, self.folder.checkpoint_step),
+            DetailsFile(self.folder.details, self.folder.checkpoint_step, self.trainer, self.longact),
+            *([self.progress] if training.process_index == 0 else []),
+            self.interrupt,
+        ):
             self.trainer.add_callback(callback)
 
     def _check_form(self) -> None:
