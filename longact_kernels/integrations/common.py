@@ -53,8 +53,8 @@ def metrics_of(longact: LongAct, optimizer: Any = None) -> dict[str, float]:
         optimizer = optimizer.optimizer
     churn, lost = longact.churn, getattr(optimizer, "updates_lost", None)
     found = {"churn": sum(churn.values()) / len(churn)} if churn else {}
-    if longact.watch.skipped:
-        found["skipped"] = longact.watch.skipped
+    if longact.numbers.watch.skipped:
+        found["skipped"] = longact.numbers.watch.skipped
     if lost is not None:
         found["updates_lost"] = float(lost)
     return found

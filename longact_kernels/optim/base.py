@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from longact_kernels import ops
 from longact_kernels.functional import Axis
-from longact_kernels.reference.channels import check_channels
-from longact_kernels.sparse import checks, gradients
+from longact_kernels.sparse import checks, finite, gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import controllers as all_controllers
@@ -225,7 +224,7 @@ class SalientOptimizer(Optimizer, ABC):
                 )
             if compact:
                 # Never above 1, which is all that torch's fused AdamW looks for.
-                found_inf = torch.maximum(found_inf, gradients.nonfinite(compact).any().to(found_inf))
+                found_inf = torch.maximum(found_inf, finite.nonfinite(compact).any().to(found_inf))
             grads = []
         for longact in controllers:
             bad = longact.verdict(grads, self._name_of)
@@ -574,12 +573,12 @@ class SalientOptimizer(Optimizer, ABC):
                 "or of torch's optimizer of that kind"
             )
         for name, held in state.items():
-            checks.saved(name, what, held)
+            checks.saved_tensor(name, what, held)
         numbers = [name for name in (*self.moment_names, "master") if name in state]
         for name in numbers:
             if not state[name].is_floating_point():
                 raise ValueError(f"load_state_dict: {name} of {what} was saved as {state[name].dtype}, needed floats")
-        if bad := list(itertools.compress(numbers, gradients.nonfinite(state[name] for name in numbers).tolist())):
+        if bad := list(itertools.compress(numbers, finite.nonfinite(state[name] for name in numbers).tolist())):
             raise ValueError(
                 f"load_state_dict: NaN or Inf in {', '.join(bad)} of {what}; use a checkpoint from before that"
             )
@@ -614,10 +613,7 @@ class SalientOptimizer(Optimizer, ABC):
                     f"load_state_dict: {what} was saved with state={theirs!r}, this optimizer has state={ours!r}"
                 )
             if self.compact:
-                try:
-                    check_channels("rows", [state["rows"]], [shape[dim]])
-                except IndexError as error:
-                    raise ValueError(f"load_state_dict: {what}: {error}; the checkpoint is damaged") from error
+                checks.saved_channels("rows", what, state["rows"], shape[dim])
                 shape[dim] = len(state["rows"])
             counts = [[shape[dim]]]
         elif "salient_steps" in state:

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longact_kernels.sparse.config import LongActConfig
+from longact_kernels.reference.channels import check_channels
+from longact_kernels.sparse.config import LongActConfig, difference
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.projections import Projection
 from longact_kernels.sparse.registry import ids_of
+from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import is_sharded
 from longact_kernels.sparse.tensor_parallel import wrapped_forward
 from longact_kernels.warning import LongActWarning
+
+# What checkpoints of 0.1 lack.
+SINCE_0_1 = ("salient_options", "salient_before", "salient_first", "salient_times")
 
 
 def projections(found: list[Projection], config: LongActConfig) -> None:
@@ -97,7 +102,7 @@ def trained(layers: Mapping[str, SalientLayer], optimizer: torch.optim.Optimizer
             )
 
 
-def saved(name: str, what: str, value: Any) -> None:
+def saved_tensor(name: str, what: str, value: Any) -> None:
     """Raises ValueError for what of a saved state is no tensor with its values in memory."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         kind = (
@@ -106,3 +111,55 @@ def saved(name: str, what: str, value: Any) -> None:
         raise ValueError(
             f"load_state_dict: {name} of {what} is {kind}, needed a dense tensor; the checkpoint is damaged"
         )
+
+
+def saved_channels(name: str, what: str, value: Tensor, channels: int) -> None:
+    """Raises ValueError for what of a saved state is no ascending set of so many channels."""
+    try:
+        check_channels(name, [value], [channels])
+    except IndexError as error:
+        raise ValueError(f"load_state_dict: {what}: {error}; the checkpoint is damaged") from error
+
+
+def saved_set(salient: SalientSet, config: LongActConfig, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Raises ValueError for a saved state that has no salient set, one of another size or kind, or one that is none.
+
+    Args:
+        salient: the layer's set.
+        config: with its density.
+        own: what would be saved of it now.
+        state: as it was saved.
+    """
+    if "salient_steps" not in state or "salient_rows" not in state:
+        raise ValueError(
+            f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
+            "while LongAct was on the model"
+        )
+    for name, value in state.items():
+        if name.startswith("salient_"):
+            saved_tensor(name, salient.name, value)
+    if (saved := state["salient_rows"].numel()) != salient.size:
+        raise ValueError(
+            f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
+            f"{salient.size}; use the density and scope of the saved run"
+        )
+    if differs := difference(config, state.get("salient_options", torch.empty(0)).flatten().tolist()):
+        raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
+    for name, ours in own.items():
+        if name not in state and name in SINCE_0_1:
+            continue
+        held = state.get(name)
+        if held is None or held.shape != ours.shape or held.dtype != ours.dtype:
+            got = "none" if held is None else f"{held.dtype} {list(held.shape)}"
+            raise ValueError(
+                f"load_state_dict: {name} of {salient.name}: got {got}, needed {ours.dtype} {list(ours.shape)}; use "
+                "the options of the saved run"
+            )
+    for name in ("salient_steps", "salient_times"):
+        if name in state and state[name] < 0:
+            raise ValueError(
+                f"load_state_dict: {name} of {salient.name} is {int(state[name])}, needed a count of at least 0; "
+                "the checkpoint is damaged"
+            )
+    channels = salient.channels.stop - salient.channels.start
+    saved_channels("salient_rows", salient.name, state["salient_rows"], channels)

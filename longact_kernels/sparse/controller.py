@@ -6,8 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from longact_kernels.reference.channels import check_channels
-from longact_kernels.sparse import checks, engines, gradients
+from longact_kernels.sparse import checks, engines, gradients, stock
 from longact_kernels.sparse.batch import Batch, Pass, TellingZeroGrad
 from longact_kernels.sparse.chosen import ChosenSets
 from longact_kernels.sparse.compact import CompactGradients
-from longact_kernels.sparse.config import LongActConfig, difference, field_names, make_config, numbers_of
-from longact_kernels.sparse.finite import Found, Watch
+from longact_kernels.sparse.config import LongActConfig, field_names, make_config, numbers_of
+from longact_kernels.sparse.finite import Numbers
 from longact_kernels.sparse.layer import SalientLayer, become_plain, become_salient
 from longact_kernels.sparse.projections import EXPERT, Projection, find_projections
 from longact_kernels.sparse.registry import controllers, ids_of, register
 from longact_kernels.sparse.report import jaccard, layer_report
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.selection import ChannelGroup, Selection, groups_of, partners_of
-from longact_kernels.sparse.sharding import Ranks, is_sharded, local
+from longact_kernels.sparse.sharding import Ranks, is_sharded
 from longact_kernels.sparse.sites import Tap, tap_norm, tap_rope
 from longact_kernels.sparse.statistics import STATISTICS, Statistics
-from longact_kernels.sparse.stock import Attached
 from longact_kernels.sparse.tokens import Call, tell_masks, tell_tokens
 from longact_kernels.warning import LongActWarning
-
-# What checkpoints of 0.1 lack.
-SINCE_0_1 = ("salient_options", "salient_before", "salient_first", "salient_times")
 
 
 class LongAct:
@@ -96,7 +90,7 @@ class LongAct:
         self.sequence_ranks = None if sequence_group is None else Ranks(sequence_group, "sequence_group")
         self.call = Call(self._call_begins, self.check_trains, self.sequence_ranks)
         self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
-        self.watch = Watch(config.nonfinite)
+        self.numbers = Numbers(config.nonfinite, model, self.ranks)
         self.compact: CompactGradients | None = None
 
         projections = find_projections(model, config.target_modules)
@@ -112,8 +106,6 @@ class LongAct:
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._over = False  # whether they have all, since gradients have been zeroed
         self._masked = False  # whether its sets have been chosen, and its gradients masked
-        self._found: Found | None = None  # what of its numbers has been looked at then
-        self._losses: list[Tensor] = []
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -237,9 +229,6 @@ class LongAct:
     def _sets(self) -> Iterator[SalientSet]:
         return (layer.salient for layer in self.layers.values())
 
-    def _weights(self) -> Iterator[tuple[SalientSet, Tensor]]:
-        return ((layer.salient, layer.weight) for layer in self.layers.values())
-
     # Where things lie
 
     def _place(self, device: torch.device) -> None:
@@ -320,8 +309,8 @@ class LongAct:
         if everything or not self.batch.present:
             self._chosen.take_back()
             self.batch.clear()
-            self._masked, self._found = False, None
-            self._losses.clear()
+            self._masked = False
+            self.numbers.begin()
             if self.compact is not None:
                 self.compact.reduced = self.compact.clipped = False
 
@@ -383,7 +372,7 @@ class LongAct:
         self.batch.unseen = None
         if any(stepped() is optimizer for stepped in self._stepped):
             self.settle()
-        self.watch.look()
+        self.numbers.watch.look()
         if not self.held_by(optimizer):
             raise RuntimeError(
                 f"LongAct: this {type(optimizer).__name__} was given the salient weights, and holds none of them "
@@ -437,20 +426,17 @@ class LongAct:
             self._join()
         if self.config.nonfinite != "off":
             flags = self._bad_layers()
-            if self.config.nonfinite == "error" and not flags.is_cuda and flags.any():
-                self.drop()
-                self.watch.post(flags, self._names, self._steps + 1)
-            self._found = Found(flags, flags.any())
-            # Masking would hide some of them.
-            grads = {f"{s.name}.weight": p.grad for s, p in self._weights() if not s.active and p.grad is not None}
-            if grads:
-                self._found.grads, self._found.names = gradients.nonfinite(grads.values()), list(grads)
+            if not flags.is_cuda:
+                self._refuse(flags)
+            weights = ((layer.salient, layer.weight) for layer in layers)
+            grads = {f"{s.name}.weight": p.grad for s, p in weights if not s.active and p.grad is not None}
+            self.numbers.look(flags, grads)
         among = [not layer.salient.active for layer in layers]
         if not any(among):
             return
         self._chosen.save()
         measured = self._statistics.measure("batch")
-        bad = None if self._found is None else self._found.bad
+        bad = self.numbers.bad
         self._chosen.choose(measured, self._steps, None if all(among) else among, bad)
         outside = self._chosen.outside()
         for layer, dense in zip(layers, among, strict=True):
@@ -460,7 +446,7 @@ class LongAct:
             if salient.chosen:
                 salient.active = True
                 gradients.mask_(layer, outside)
-                self._found_grad(layer.weight.grad)
+                self.numbers.masked(layer.weight.grad)
             elif layer.weight.grad is not None and (bad is None or not bad):
                 raise RuntimeError(
                     f"LongAct: {salient.name} has a gradient, but no activation statistics to choose its salient set "
@@ -468,11 +454,6 @@ class LongAct:
                 )
             if self.config.selection == "lagged":
                 self._statistics.drop(salient.segments)  # what has chosen a set once does not count again
-
-    def _found_grad(self, grad: Tensor | None) -> None:
-        """Says that a gradient is what was looked at, but for the channels outside its set."""
-        if self._found is not None and grad is not None and not is_sharded(grad):
-            self._found.versions[id(grad)] = grad._version
 
     def _join(self) -> None:
         """Takes the batch over all ranks; of those that have parts of a layer, each has counted its sequences."""
@@ -501,14 +482,11 @@ class LongAct:
         """Bool [layers]: whether the joined batch has NaN or Inf activations."""
         return self._chosen.by_layer(self._statistics.bad())
 
-    def _names(self, layer: int) -> str:
-        return self._bad_weight() or f"the activations of {list(self.layers)[layer]}"
-
-    def _bad_weight(self) -> str | None:
-        """The first weight that is bad itself, which no step can mend; for a message, when numbers are bad."""
-        weights = {name: local(p.detach()) for name, p in self.model.named_parameters()}
-        bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        return f"the weight {bad[0]} itself, which a checkpoint has to be loaded for," if bad else None
+    def _refuse(self, bad_layers: Tensor) -> None:
+        """Drops the batch and raises FloatingPointError, if `nonfinite` is "error" and a layer is bad."""
+        if self.config.nonfinite == "error" and bad_layers.any():
+            self.drop()
+            self.numbers.watch.post(bad_layers, self.numbers.of_layer(self.layers), self._steps + 1)
 
     def look_at(self, loss: Tensor) -> None:
         """Has a loss looked at with the other numbers of its step: it may be NaN or Inf where its gradients are not.
@@ -518,8 +496,7 @@ class LongAct:
         Args:
             loss: of one element, of a batch that goes through backward.
         """
-        if self.config.nonfinite != "off":
-            self._losses.append(loss.detach().reshape(()).to(self._chosen.device, torch.float32))
+        self.numbers.look_at(loss, self._chosen.device)
 
     def name_of(self, p: Tensor) -> str:
         """The name of a parameter of the model, for a message."""
@@ -539,41 +516,11 @@ class LongAct:
         Raises:
             FloatingPointError: on a CPU, if `nonfinite` is "error"; the batch is out of the statistics then.
         """
-        if self.config.nonfinite == "off":
-            return None
-        fresh: Sequence[int] = range(len(grads))
-        looked, flags = self._found, []
-        names: list[Callable[[], str]] = []
-        if looked is not None:
-            flags, names = [looked.layers], [partial(self._names, i) for i in range(len(self.layers))]
-        if looked is not None and looked.grads is not None and grads:
-            flags.append(looked.grads)
-            names += [partial("the gradient of {}".format, name) for name in looked.names]
-            fresh = [i for i, grad in enumerate(grads) if looked.versions.get(id(grad)) != grad._version]
-        if self._losses:
-            flags.append(~torch.stack(self._losses).isfinite())
-            names += [lambda: "the loss"] * len(self._losses)
-        if fresh:
-            found = gradients.nonfinite([grads[i] for i in fresh])
-            if any(is_sharded(grads[i]) for i in fresh):
-                shared = found.int()
-                self.ranks.all_reduce(shared, "max")
-                found = shared > 0
-            flags.append(found)
-        if not flags:
-            return None
-
-        def name(i: int) -> str:
-            of_grad = i - len(names)
-            return names[i]() if of_grad < 0 else self._bad_weight() or f"the gradient of {name_of(fresh[of_grad])}"
-
-        found = torch.cat(flags)
         try:
-            self.watch.post(found, name, self._steps + 1)
+            return self.numbers.verdict(grads, name_of, self.layers, self._steps + 1)
         except FloatingPointError:
             self.drop()
             raise
-        return found.any()
 
     @torch.no_grad()
     def end_step(self, optimizer: torch.optim.Optimizer | None, bad: Tensor | None = None) -> None:
@@ -618,7 +565,7 @@ class LongAct:
         Call `mask_gradients()` first, and then update the weights.
         """
         self.batch.unseen = None
-        self.end_step(None, None if self._found is None else self._found.bad)
+        self.end_step(None, self.numbers.bad)
         self.settle()
 
     @property
@@ -638,8 +585,7 @@ class LongAct:
         due = self._due
         self._steps += 1
         self._masked = False
-        self._found = None
-        self._losses.clear()
+        self.numbers.begin()
         if self.config.selection == "lagged" and due:
             self._choose_by_period()
         if self.compact is not None:
@@ -662,9 +608,7 @@ class LongAct:
             self._raise_idle("refresh()")
         self._join()
         flags = self._bad_layers()
-        if self.config.nonfinite == "error" and flags.any():
-            self.drop()
-            self.watch.post(flags, self._names, self._steps + 1)
+        self._refuse(flags)
         bad = None if self.config.nonfinite == "off" else flags.any()
         self._statistics.commit(bad)
         self._choose_by_period(bad)
@@ -696,36 +640,7 @@ class LongAct:
                 another one; for an optimizer without any of the salient weights; or for a loaded state dict that was
                 saved with sets of other sizes.
         """
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer: got a {type(optimizer).__name__}, needed a torch.optim.Optimizer")
-        if not self.layers:
-            self.check_trains()
-        if self.config.grad == "compact":
-            raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
-        if getattr(optimizer, "steps_salient_weights", False):
-            return  # it finds its controllers by itself
-        for inner in vars(optimizer).values():
-            known = getattr(inner, "steps_salient_weights", False) or getattr(inner, "_longact", None) is self
-            if isinstance(inner, torch.optim.Optimizer) and not known:
-                raise ValueError(
-                    f"attach: this {type(optimizer).__name__} steps by the {type(inner).__name__} in it; attach that "
-                    "one before it is wrapped, or have SalientAdamW in its place"
-                )
-        self.check()
-        if not self.held_by(optimizer):
-            raise ValueError(
-                f"attach: this {type(optimizer).__name__} holds none of the {len(self.layers)} salient weights; "
-                "needed the optimizer of LongAct's own model"
-            )
-        attached = getattr(optimizer, "_longact", None)
-        if attached is self:
-            return
-        if attached is not None and attached.layers:
-            raise ValueError(
-                "attach: another LongAct is attached to this optimizer, which takes one; use SalientAdamW, which takes "
-                "any number, or an optimizer for each model"
-            )
-        Attached(self, optimizer)
+        stock.attach(self, optimizer)
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -771,8 +686,8 @@ class LongAct:
     @property
     def skipped(self) -> int:
         """The number of steps that changed nothing because of NaN or Inf."""
-        self.watch.look(wait=True)
-        return self.watch.skipped
+        self.numbers.watch.look(wait=True)
+        return self.numbers.watch.skipped
 
     def saliency(self, name: str) -> Tensor | None:
         """The statistic [channels] that the set of a layer was chosen from; None before the first set."""
@@ -837,13 +752,14 @@ class LongAct:
         self.layers, self._undo = {}, []
         # Nothing goes round in a circle any more: the model is freed with its last name.
         model, self.model = self.model, nn.Module()
+        self.numbers.model = self.model
         self.call, self.batch = Call(_nothing, _nothing), Batch(_nothing, _nothing, _nothing)
         return model
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         # A pickle does not keep views views.
-        return {**self.__dict__, "_stepped": [], "_verdict": None, "_placed": False}
+        return {**self.__dict__, "_stepped": [], "_placed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of a model has a controller of its own, the copy of this one."""
@@ -878,44 +794,7 @@ class LongAct:
         Raises:
             ValueError: if the state has no salient set, one of another size or kind, or one that is none.
         """
-        if "salient_steps" not in state or "salient_rows" not in state:
-            raise ValueError(
-                f"load_state_dict: no salient set for {salient.name}; needed a state dict that SalientAdamW saved "
-                "while LongAct was on the model"
-            )
-        for name, value in state.items():
-            if name.startswith("salient_"):
-                checks.saved(name, salient.name, value)
-        if (saved := state["salient_rows"].numel()) != salient.size:
-            raise ValueError(
-                f"load_state_dict: {salient.name} was saved with {saved} salient {salient.axis}, this LongAct keeps "
-                f"{salient.size}; use the density and scope of the saved run"
-            )
-        if differs := difference(
-            self._config_of(salient), state.get("salient_options", torch.empty(0)).flatten().tolist()
-        ):
-            raise ValueError(f"load_state_dict: {salient.name} was saved with {differs}; use that of the saved run")
-        for name, own in self.state_for(salient).items():
-            if name not in state and name in SINCE_0_1:
-                continue
-            held = state.get(name)
-            if held is None or held.shape != own.shape or held.dtype != own.dtype:
-                got = "none" if held is None else f"{held.dtype} {list(held.shape)}"
-                raise ValueError(
-                    f"load_state_dict: {name} of {salient.name}: got {got}, needed {own.dtype} {list(own.shape)}; use "
-                    "the options of the saved run"
-                )
-        for name in ("salient_steps", "salient_times"):
-            if name in state and state[name] < 0:
-                raise ValueError(
-                    f"load_state_dict: {name} of {salient.name} is {int(state[name])}, needed a count of at least 0; "
-                    "the checkpoint is damaged"
-                )
-        channels = salient.channels.stop - salient.channels.start
-        try:
-            check_channels("salient_rows", [state["salient_rows"]], [channels])
-        except IndexError as error:
-            raise ValueError(f"load_state_dict: {salient.name}: {error}; the checkpoint is damaged") from error
+        checks.saved_set(salient, self._config_of(salient), self.state_for(salient), state)
 
     @torch.no_grad()
     def load_state_for(self, salient: SalientSet, state: dict[str, Tensor]) -> None:

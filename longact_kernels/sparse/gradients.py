@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -37,24 +35,3 @@ def clip_(grads: list[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scales gradients as `torch.nn.utils.clip_grads_with_norm_` does those of parameters."""
     if grads:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-
-
-def nonfinite(tensors: Iterable[Tensor]) -> Tensor:
-    """For each tensor whether it holds a NaN or Inf, bool [tensors]."""
-    parts = [local(one) for one in tensors]
-    flags = [torch.zeros((), dtype=torch.bool, device=parts[0].device)] * len(parts)  # one of no elements holds none
-    for dtype in {one.dtype for one in parts}:  # those of one dtype take few launches together
-        alike = [i for i, one in enumerate(parts) if one.dtype == dtype and one.numel()]
-        if alike:
-            extremes = _extremes([parts[i] for i in alike])
-            for i, bad in zip(alike, (~extremes.isfinite()).any(1).unbind(), strict=True):
-                flags[i] = bad
-    return torch.stack(flags)
-
-
-def _extremes(tensors: list[Tensor]) -> Tensor:
-    """Of each tensor the numbers farthest from zero, [tensors, 1 or 2]; NaN where it holds one."""
-    if tensors[0].is_cpu and not tensors[0].is_complex():
-        # ATen's largest magnitude takes twenty times as long there.
-        return torch.stack([torch.stack(torch.aminmax(one)) for one in tensors])
-    return torch.stack(torch._foreach_norm(tensors, float("inf"))).unsqueeze(1)

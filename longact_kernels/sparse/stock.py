@@ -13,6 +13,40 @@ from longact_kernels.sparse.batch import TellingZeroGrad
 from longact_kernels.sparse.registry import ids_of
 
 
+def attach(longact: Any, optimizer: Any) -> None:
+    """What `LongAct.attach` does."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: got a {type(optimizer).__name__}, needed a torch.optim.Optimizer")
+    if not longact.layers:
+        longact.check_trains()
+    if longact.config.grad == "compact":
+        raise ValueError("attach: a stock optimizer does not see compact gradients; needed grad='full'")
+    if getattr(optimizer, "steps_salient_weights", False):
+        return  # it finds its controllers by itself
+    for inner in vars(optimizer).values():
+        known = getattr(inner, "steps_salient_weights", False) or getattr(inner, "_longact", None) is longact
+        if isinstance(inner, torch.optim.Optimizer) and not known:
+            raise ValueError(
+                f"attach: this {type(optimizer).__name__} steps by the {type(inner).__name__} in it; attach that "
+                "one before it is wrapped, or have SalientAdamW in its place"
+            )
+    longact.check()
+    if not longact.held_by(optimizer):
+        raise ValueError(
+            f"attach: this {type(optimizer).__name__} holds none of the {len(longact.layers)} salient weights; "
+            "needed the optimizer of LongAct's own model"
+        )
+    attached = getattr(optimizer, "_longact", None)
+    if attached is longact:
+        return
+    if attached is not None and attached.layers:
+        raise ValueError(
+            "attach: another LongAct is attached to this optimizer, which takes one; use SalientAdamW, which takes "
+            "any number, or an optimizer for each model"
+        )
+    Attached(longact, optimizer)
+
+
 class Attached:
     """What connects an optimizer with a controller, by the optimizer's hooks.
 

@@ -8,7 +8,7 @@ from models import backward, tiny_model, tokens
 
 from longact_kernels import LongAct, SalientAdamW
 from longact_kernels.functional import salient_linear
-from longact_kernels.sparse.gradients import nonfinite
+from longact_kernels.sparse.finite import nonfinite
 
 # A large eps: the gradient of a key's bias is 0 but for rounding, which would otherwise be scaled up to full steps.
 HYPER = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)

@@ -413,7 +413,9 @@ def test_every_bad_layer_is_known_on_the_device():
     """What a GPU posts, and reads a step later: a flag a layer, not one for all of them."""
     model, longact, optimizer = salient_run(nonfinite="skip")
     posted = []
-    longact.watch.post = lambda flags, names, step: posted.append([names(int(i)) for i in flags.nonzero().flatten()])
+    longact.numbers.watch.post = lambda flags, names, step: posted.append(
+        [names(int(i)) for i in flags.nonzero().flatten()]
+    )
     train(model, optimizer, range(2))
     poisoned("activation", NAN)(model, tokens(seed=99))
     optimizer.step()
@@ -424,13 +426,11 @@ def test_every_bad_layer_is_known_on_the_device():
 
 @pytest.mark.parametrize("selection", ["lagged", "current"])
 def test_a_gradient_is_looked_at_once_in_a_step(monkeypatch, selection):
-    from longact_kernels.sparse import gradients
+    from longact_kernels.sparse import finite
 
     looked = []
-    real = gradients.nonfinite
-    monkeypatch.setattr(
-        gradients, "nonfinite", lambda grads: looked.extend(map(id, grads := list(grads))) or real(grads)
-    )
+    real = finite.nonfinite
+    monkeypatch.setattr(finite, "nonfinite", lambda grads: looked.extend(map(id, grads := list(grads))) or real(grads))
     model, _, optimizer = salient_run(selection=selection)
     train(model, optimizer, range(1))
     assert len(looked) == len(set(looked)) == len(list(model.parameters()))
