@@ -49,6 +49,7 @@ def refused(capsys) -> Callable[..., str]:
     from longact_kernels.cli import main
 
     def run(command: str, *words) -> str:
+        capsys.readouterr()  # What the test's own preparations said, such as a progress bar.
         assert main([command, *map(str, words)]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"longact {command}: error: "), lines
