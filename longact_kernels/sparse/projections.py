@@ -2,29 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from longact_kernels.sparse import engines
 from longact_kernels.sparse.config import ALL_LINEAR, Ranges, TargetModules
+from longact_kernels.sparse.heads import LAYOUTS, PAIRS, AttentionSizes, Head, heads_of, heads_of_ranges
 from longact_kernels.warning import LongActWarning
-
-
-class Head(NamedTuple):
-    """Neighbouring output channels of a projection that belong together.
-
-    Attributes:
-        size: how many they are.
-        kind: "q" or "k": one head's query or key, whose channels compete with those of their kind; "other": channels
-            that compete with all others of the layer, whatever their head; None: channels that train densely, such as
-            values and gates.
-    """
-
-    size: int
-    kind: str | None
 
 
 class Projection(NamedTuple):
@@ -45,152 +31,6 @@ class Projection(NamedTuple):
     transposed: bool
 
 
-class AttentionSizes:
-    """What an attention module and its config tell about its heads."""
-
-    def __init__(self, module: nn.Module, config: Any):
-        self.module = module
-        self.config = getattr(module, "config", None) or config
-
-    def number(self, *names: str) -> int | None:
-        """The first of the attributes that is a positive number, the module's before the config's."""
-        for owner in (self.module, self.config):
-            for name in names:
-                # Configs with values for each layer raise when asked for the whole model's.
-                try:
-                    value = getattr(owner, name, None)
-                except ValueError:
-                    value = None
-                if isinstance(value, int) and value > 0:
-                    return value
-        return None
-
-    @property
-    def q_heads(self) -> int | None:
-        return self.number("num_heads", "num_attention_heads", "n_heads", "n_head")
-
-    @property
-    def kv_heads(self) -> int | None:
-        return self.number("num_key_value_heads", "num_kv_heads")
-
-    @property
-    def size(self) -> int | None:
-        size = self.number("qk_head_dim", "head_dim", "head_size", "attention_head_size", "attn_head_size", "dim_head")
-        if size is None and (hidden := self.number("hidden_size", "embed_dim", "d_model")) and self.q_heads:
-            size = hidden // self.q_heads
-        return size
-
-
-# A layout tells the heads of N output channels, or None where its numbers do not add up.
-Layout = Callable[[AttentionSizes, int], list[Head] | None]
-
-
-def _query(attention: AttentionSizes, N: int) -> list[Head] | None:
-    d, H = attention.size, attention.q_heads
-    if d and H and 2 * d * H == N:
-        # Gated attention: each head's query is followed by its gate.
-        return [Head(d, "q"), Head(d, None)] * H
-    return [Head(d, "q")] * (N // d) if d and N % d == 0 and H in (None, N // d) else None
-
-
-def _key(attention: AttentionSizes, N: int) -> list[Head] | None:
-    if getattr(attention.module, "v_proj", attention) is None:
-        # What makes the keys makes the values too.
-        return [Head(N, None)]
-    d = attention.size
-    return [Head(d, "k")] * (N // d) if d and N % d == 0 else None
-
-
-def _key_value_heads(attention: AttentionSizes, N: int) -> tuple[int, int, int] | None:
-    """Size of a head and numbers of query and of key heads where N channels hold queries, keys and values."""
-    d, H = attention.size, attention.q_heads
-    if not d or not H or N % d or (N // d - H) % 2 or N // d <= H:
-        return None
-    kv_heads = (N // d - H) // 2
-    return (d, H, kv_heads) if H % kv_heads == 0 else None
-
-
-def _blocks(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """All queries, all keys, all values."""
-    if not (found := _key_value_heads(attention, N)):
-        return None
-    d, H, kv_heads = found
-    return [Head(d, "q")] * H + [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
-
-
-def _grouped(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """For each key head: the queries that look at it, the key, the value. In blocks where ChatGLM shares keys."""
-    if getattr(attention.module, "multi_query_attention", False):
-        return _blocks(attention, N)
-    if not (found := _key_value_heads(attention, N)):
-        return None
-    d, H, kv_heads = found
-    return ([Head(d, "q")] * (H // kv_heads) + [Head(d, "k"), Head(d, None)]) * kv_heads
-
-
-def _four_shards(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """Four shards, each a block of queries, of values, of keys."""
-    d, H = attention.size, attention.q_heads
-    if not d or not H or H % 4 or 3 * d * H != N:
-        return None
-    return ([Head(d, "q")] * (H // 4) + [Head(d, None)] * (H // 4) + [Head(d, "k")] * (H // 4)) * 4
-
-
-def _keys_values(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """All keys, all values. Of another size, they are the same or are compressed further: neither is told apart."""
-    d, kv_heads = attention.size, attention.kv_heads
-    if not d or not kv_heads or 2 * d * kv_heads != N:
-        return [Head(N, None)]
-    return [Head(d, "k")] * kv_heads + [Head(d, None)] * kv_heads
-
-
-def _latent(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """Latent attention, from the latent up: for each head its key without the rotary part, then its value."""
-    d, v = attention.number("qk_nope_head_dim"), attention.number("v_head_dim")
-    return [Head(d, "k"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
-
-
-def _gated_latent_query(attention: AttentionSizes, N: int) -> list[Head] | None:
-    """Latent attention: for each head its query, then the gate of its value."""
-    d, v = attention.number("qk_head_dim"), attention.number("v_head_dim")
-    return [Head(d, "q"), Head(v, None)] * (N // (d + v)) if d and v and N % (d + v) == 0 else None
-
-
-def _unknown(attention: AttentionSizes, N: int) -> None:
-    return None
-
-
-# Separate projections, under the names that stand together in one module: a `key` without a `query` is no attention.
-PAIRS = {
-    "q_proj": "k_proj",
-    "query": "key",
-    "query_proj": "key_proj",
-    "q_lin": "k_lin",
-    "project_q": "project_k",
-    "Wq": "Wk",
-    "wq": "wk",
-}
-LAYOUTS: dict[str, Layout] = {
-    **dict.fromkeys(PAIRS, _query),
-    **dict.fromkeys(PAIRS.values(), _key),
-    "query_key": _query,
-    "q_b_proj": _query,
-    "q_gate_proj": _gated_latent_query,
-    "kv_b_proj": _latent,
-    "kv_proj": _keys_values,
-    "query_key_value": _grouped,
-    "wqkv": _grouped,
-    "qkv_proj": _blocks,
-    "c_attn": _blocks,
-    "Wqkv": _blocks,
-    "W_pack": _blocks,
-}
-# Modules that use a name in another way.
-LAYOUTS_OF_CLASS: dict[tuple[str, str], Layout] = {
-    ("GPTBigCodeAttention", "c_attn"): _grouped,
-    ("CodeGenAttention", "qkv_proj"): _four_shards,
-}
-
 # Parts of a language model whose queries or keys are not those that its text attends with.
 ELSEWHERE = re.compile(
     r"cross_?att(n|ention)|encoder_(decoder_)?att(n|ention)|enc_?dec_?att|vision|visual|image|audio|speech|indexer|compressor",
@@ -202,8 +42,6 @@ ROUTER = re.compile(r"(^|\.)(gate|\w*router|shared_expert_gate|altup)(\.|$)")
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 # A path inside one of a stack of blocks.
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
-# Names that say that a layer makes queries or keys, perhaps along with values.
-QUERY_KEY = re.compile(r"(?<![a-z])w?(q|k|qk|kv|qkv)(?![a-z])|query|key", re.I)
 
 
 def find_projections(model: nn.Module, target_modules: TargetModules | None = None) -> list[Projection]:
@@ -240,11 +78,11 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
         if (inner := getattr(module, "linear", None)) is not None and isinstance(inner, nn.Linear):
             path, module = f"{path}.linear", inner
         transposed = _check_plain(path, module)
-        N = _weight(module).shape[1 if transposed else 0]
+        N = module.get_parameter("weight").shape[1 if transposed else 0]
         if ranges is None:
-            heads = _heads(path, name, AttentionSizes(parent, config), N)
+            heads = heads_of(path, name, AttentionSizes(parent, config), N)
         else:
-            heads = _heads_of_ranges(path, name, ranges, N)
+            heads = heads_of_ranges(path, name, ranges, N)
         if target_modules == ALL_LINEAR:
             heads = tuple(head if head.kind else head._replace(kind="other") for head in heads)
         if any(head.kind for head in heads):
@@ -253,13 +91,13 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
         raise ValueError(_nothing_found(model, target_modules))
     first: dict[int, str] = {}
     for projection in found:
-        other = first.setdefault(id(_weight(projection.module)), projection.name)
+        other = first.setdefault(id(projection.module.get_parameter("weight")), projection.name)
         if other != projection.name:
             raise ValueError(
                 f"model: {projection.name} shares its weight with {other}; needed a weight each, since each has a set "
                 "of its own; choose other layers with target_modules"
             )
-    if not any(_weight(projection.module).requires_grad for projection in found):
+    if not any(projection.module.get_parameter("weight").requires_grad for projection in found):
         raise ValueError(
             f"model: none of the {len(found)} layers to train sparsely requires a gradient (the first is "
             f"{found[0].name}); unfreeze their weights with requires_grad_(True), or train without LongAct: adapters "
@@ -383,11 +221,6 @@ def _is_product(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
-    assert isinstance(module.weight, torch.Tensor)
-    return module.weight
-
-
 def _check_plain(path: str, module: nn.Module) -> bool:
     """Raises where a layer cannot be trained row by row; returns whether its weight is stored [in, out]."""
     if getattr(module, "salient", None) is not None:
@@ -412,7 +245,7 @@ def _check_plain(path: str, module: nn.Module) -> bool:
             f"model: the weight of {path} is made by something else (a parametrisation, weight_norm, pruning); needed "
             "a plain parameter: remove that first"
         )
-    weight = _weight(module)
+    weight = module.get_parameter("weight")
     # Quantising libraries bring tensor types of their own; torch's DTensor shards an ordinary one.
     if type(weight.data).__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
         raise ValueError(
@@ -420,43 +253,6 @@ def _check_plain(path: str, module: nn.Module) -> bool:
             "floating-point tensor. If the model is quantised, load it in bfloat16 or float32 instead"
         )
     return transposed
-
-
-def _heads(path: str, name: str, attention: AttentionSizes, N: int) -> tuple[Head, ...]:
-    layout = LAYOUTS_OF_CLASS.get((type(attention.module).__name__, name), LAYOUTS.get(name))
-    if layout is None:
-        # A name of the user's: queries or keys alone, or neither; where values lie beside them, nobody knows.
-        says = QUERY_KEY.search(name)
-        if says is None:
-            return (Head(N, "other"),)
-        layout = _unknown if "v" in says[0].lower() else _key if _says_key(name) else _query
-    heads = layout(attention, N)
-    if heads is None:
-        raise ValueError(
-            f"model: cannot tell the heads of {path} from {attention.size} channels a head and {attention.q_heads} "
-            f"query heads: it has {N} output channels; pass target_modules=lambda path, module: [(start, stop, "
-            f"head_size), ...] if path.endswith({name!r}) else None, with the ranges of the queries and keys"
-        )
-    return tuple(heads)
-
-
-def _says_key(name: str) -> bool:
-    return "k" in name.lower() and "q" not in name.lower()
-
-
-def _heads_of_ranges(path: str, name: str, ranges: Ranges, N: int) -> tuple[Head, ...]:
-    heads: list[Head] = []
-    end = 0
-    for start, stop, size in sorted(ranges):
-        if not end <= start < stop <= N or size < 1 or (stop - start) % size:
-            raise ValueError(
-                f"target_modules: got the range ({start}, {stop}, {size}) for {path}, which has {N} output channels; "
-                "needed ranges that do not overlap, each a multiple of its head size"
-            )
-        heads += [Head(start - end, None)] * (start > end)
-        heads += [Head(size, "k" if _says_key(name) else "q")] * ((stop - start) // size)
-        end = stop
-    return (*heads, *[Head(N - end, None)] * (end < N))
 
 
 def _nothing_found(model: nn.Module, target_modules: TargetModules | None) -> str:

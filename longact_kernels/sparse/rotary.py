@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from longact_kernels.sparse.projections import AttentionSizes
+from longact_kernels.sparse.heads import AttentionSizes
 
 # What modelling modules call the function that turns a head's channels by a right angle.
 ROTATIONS = ("rotate_half", "rotate_every_two", "rotate_pairwise")
