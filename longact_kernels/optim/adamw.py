@@ -278,7 +278,7 @@ class SalientAdamW(SalientOptimizer):
         super()._check_foreign(p, state)
 
     def adopt(self, p: Tensor, state: dict[str, Tensor], salient: SalientSet | None) -> dict[str, Tensor]:
-        if salient is None and not self._by_kernel(p):
+        if salient is None and not self.by_kernel(p):
             if self.has_master(p):
                 moments = {name: state[name].float() for name in self.moment_names}
                 return {"step": state["step"], **moments, "master": p.detach().float()}

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from longact_kernels import ops
 from longact_kernels.functional import Axis
-from longact_kernels.sparse import checks, finite, gradients
+from longact_kernels.optim import loading
+from longact_kernels.sparse import finite, gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import controllers as all_controllers
@@ -198,7 +199,7 @@ class SalientOptimizer(Optimizer, ABC):
         for p in group["params"]:
             if (found := salient.get(id(p))) is None:
                 if p.grad is not None:
-                    (work.whole if self._by_kernel(p) else work.plain).append(p)
+                    (work.whole if self.by_kernel(p) else work.plain).append(p)
                 continue
             grad = gradients.compact_grad(found[1])
             grad = p.grad if grad is None else grad
@@ -245,7 +246,7 @@ class SalientOptimizer(Optimizer, ABC):
         """Whether a parameter's updates are applied to an fp32 copy."""
         return self.master_weights and p.dtype in HALF
 
-    def _by_kernel(self, p: Tensor) -> bool:
+    def by_kernel(self, p: Tensor) -> bool:
         """Whether an ordinary parameter needs what torch's optimizer lacks."""
         return self.moments == torch.bfloat16 or (self.stochastic_rounding and p.dtype in HALF)
 
@@ -368,7 +369,7 @@ class SalientOptimizer(Optimizer, ABC):
             for p in group["params"]:
                 if p.grad is None or self.state[p]:
                     continue
-                if id(p) not in salient and not self._by_kernel(p):
+                if id(p) not in salient and not self.by_kernel(p):
                     self.state[p].update(self.new_plain_state(group, p))
                 elif id(p) not in salient:
                     self.state[p].update(self.new_state(p, p.detach()))
@@ -529,22 +530,22 @@ class SalientOptimizer(Optimizer, ABC):
                 NaN or Inf; nothing is loaded then.
         """
         salient = salient_weights()
-        _check_form(state_dict)
+        loading.check_form(state_dict)
         completed = self.completed(state_dict["param_groups"])
         self._check_groups(completed)
         # Groups that differ are for Optimizer.load_state_dict to explain.
         ids = zip(params_of(self.param_groups), params_of(state_dict["param_groups"]), strict=False)
-        pairs = [(p, with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]
+        pairs = [(p, loading.with_tensor_step(state_dict["state"][i])) for p, i in ids if i in state_dict["state"]]
         for p, state in pairs:
             what = salient[id(p)][1].salient.name if id(p) in salient else f"a parameter of shape {list(p.shape)}"
-            self._check_numbers(what, state)
+            loading.check_numbers(self, what, state)
         # A dense run's has no salient sets, but masters or steps of rows.
         foreign = not any("salient_steps" in state or "master" in state or state["step"].ndim for _, state in pairs)
         for p, state in pairs:
             if foreign:
                 self._check_foreign(p, state)
             else:
-                self._check_state(p, state, salient.get(id(p)))
+                loading.check_state(self, p, state, salient.get(id(p)))
         loaded = {}
         for p, state in pairs:
             # Optimizer.load_state_dict casts state to the parameter's dtype: fp32 moments of bf16 weights get rounded.
@@ -565,30 +566,6 @@ class SalientOptimizer(Optimizer, ABC):
             self.state[p] = state
         self._forget()
 
-    def _check_numbers(self, what: str, state: dict[str, Any]) -> None:
-        """Raises ValueError for a state without moments, or with numbers that no step leaves."""
-        if missing := [name for name in ("step", *self.moment_names) if not isinstance(state.get(name), Tensor)]:
-            raise ValueError(
-                f"load_state_dict: no {', '.join(missing)} for {what}; needed a checkpoint of {type(self).__name__}, "
-                "or of torch's optimizer of that kind"
-            )
-        for name, held in state.items():
-            checks.saved_tensor(name, what, held)
-        numbers = [name for name in (*self.moment_names, "master") if name in state]
-        for name in numbers:
-            if not state[name].is_floating_point():
-                raise ValueError(f"load_state_dict: {name} of {what} was saved as {state[name].dtype}, needed floats")
-        if bad := list(itertools.compress(numbers, finite.nonfinite(state[name] for name in numbers).tolist())):
-            raise ValueError(
-                f"load_state_dict: NaN or Inf in {', '.join(bad)} of {what}; use a checkpoint from before that"
-            )
-        count = local(state["step"]).double()
-        if not ((count >= 0) & (count < 2**31)).all():
-            raise ValueError(
-                f"load_state_dict: the step of {what} goes from {count.min():g} to {count.max():g}, needed counts of "
-                "at least 0; the checkpoint is damaged"
-            )
-
     def _check_foreign(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Raises ValueError for state of torch's optimizer that is none of this parameter's."""
         for name in self.moment_names:
@@ -597,50 +574,6 @@ class SalientOptimizer(Optimizer, ABC):
                     f"load_state_dict: {name} of a parameter of shape {list(p.shape)} was saved as "
                     f"{list(state[name].shape)}; needed a checkpoint of the same model"
                 )
-
-    def _check_state(self, p: Tensor, state: dict[str, Tensor], salient: tuple[LongAct, SalientLayer] | None) -> None:
-        """Raises ValueError for state of another optimizer of this kind that cannot go on in this one."""
-        what = f"a parameter of shape {list(p.shape)}"
-        by_kernel, dim, shape = self._by_kernel(p), 0, list(p.shape)
-        counts: list[list[int]] = [[1], shape[:1]] if by_kernel else [[]]  # of its steps
-        if salient is not None:
-            longact, layer = salient
-            what, dim, by_kernel = layer.salient.name, layer.salient.dim, True
-            longact.check_state_for(layer.salient, state)
-            if ("rows" in state) != self.compact:
-                ours, theirs = ("compact", "full") if self.compact else ("full", "compact")
-                raise ValueError(
-                    f"load_state_dict: {what} was saved with state={theirs!r}, this optimizer has state={ours!r}"
-                )
-            if self.compact:
-                checks.saved_channels("rows", what, state["rows"], shape[dim])
-                shape[dim] = len(state["rows"])
-            counts = [[shape[dim]]]
-        elif "salient_steps" in state:
-            raise ValueError(
-                f"load_state_dict: {what} was saved as a salient weight, and is an ordinary one here; needed LongAct "
-                "on the model, with the target_modules of the saved run"
-            )
-        if ("master" in state) != self.has_master(p):
-            have, has = ("no", "") if self.has_master(p) else ("an", "no ")
-            raise ValueError(
-                f"load_state_dict: {what} was saved with {have} fp32 master, this optimizer has {has}one for its "
-                f"{p.dtype} weight; use the dtype and the master_weights of the saved run"
-            )
-        moments = self.moments if by_kernel else torch.float32 if self.has_master(p) else p.dtype
-        dtypes = dict.fromkeys(self.moment_names, moments) | ({"master": torch.float32} if "master" in state else {})
-        for name, dtype in dtypes.items():
-            held = state[name]
-            if held.dtype != dtype or list(held.shape) != shape:
-                raise ValueError(
-                    f"load_state_dict: {name} of {what} was saved as {held.dtype} {list(held.shape)}, this optimizer "
-                    f"keeps {dtype} {shape}; use the model, the dtype and the options of the saved run"
-                )
-        if list(state["step"].shape) not in counts or (by_kernel and state["step"].dtype != torch.int32):
-            raise ValueError(
-                f"load_state_dict: the step of {what} was saved as {state['step'].dtype} {list(state['step'].shape)}, "
-                f"this optimizer keeps {counts[-1]}; use the options of the saved run"
-            )
 
     @abstractmethod
     def completed(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -676,31 +609,6 @@ def _taken(held: Tensor, slots: Tensor, dim: int) -> Tensor:
     """What a tensor has for some slots along a dimension; nothing for those without a channel (-1)."""
     empty = (slots < 0).view([-1 if d == dim else 1 for d in range(held.ndim)])
     return held.index_select(dim, slots.clamp(min=0)).masked_fill_(empty, 0)
-
-
-def _check_form(state_dict: Any) -> None:
-    """Raises ValueError for what no optimizer's `state_dict` gave."""
-    parts = state_dict if isinstance(state_dict, Mapping) else {}
-    state, groups = parts.get("state"), parts.get("param_groups")
-    grouped = isinstance(groups, (list, tuple)) and all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups
-    )
-    if not grouped or not isinstance(state, Mapping) or not all(isinstance(own, Mapping) for own in state.values()):
-        raise ValueError(
-            f"load_state_dict: got a {type(state_dict).__name__} without a 'state' of dicts and 'param_groups' with "
-            "'params'; needed what an optimizer's state_dict() gave"
-        )
-    if strange := state.keys() - set(params_of(parts["param_groups"])):
-        raise ValueError(
-            f"load_state_dict: state {min(map(repr, strange))} is of no parameter in 'param_groups', and would be "
-            "lost; needed the keys as they were saved (JSON makes strings of numbers)"
-        )
-
-
-def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's saved state, its step count as a tensor: old checkpoints of torch have a number."""
-    step = state.get("step")
-    return {**state, "step": torch.tensor(float(step))} if isinstance(step, (int, float)) else state
 
 
 def matrix(tensor: Tensor, p: Tensor) -> Tensor:
