@@ -29,6 +29,12 @@ def projections(found: list[Projection], config: LongActConfig) -> None:
     Raises:
         ValueError: if a layer lacks it; the message names the layer.
     """
+    if not any(one.module.get_parameter("weight").requires_grad for one in found):
+        raise ValueError(
+            f"model: none of the {len(found)} layers to train sparsely requires a gradient (the first is "
+            f"{found[0].name}); unfreeze their weights with requires_grad_(True), or train without LongAct: adapters "
+            "beside frozen weights have no rows to choose from"
+        )
     remedy = "load the model on one device, without device_map or offloading, and use FSDP2 where a GPU is too small"
     if len(devices := {str(one.module.get_parameter("weight").device) for one in found}) > 1:
         raise ValueError(f"model: the layers to train sparsely lie on {' and '.join(sorted(devices))}; {remedy}")

@@ -67,8 +67,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
 
     Raises:
         ValueError: if there are none (naming the linear layers seen), if one cannot be trained row by row (quantised,
-            adapted, already salient), if two share a weight, if none requires a gradient, or if the heads of one cannot
-            be told.
+            adapted, already salient), if two share a weight, or if the heads of one cannot be told.
     """
     config = getattr(model, "config", None)
     _check_text(model, config)
@@ -97,12 +96,6 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
                 f"model: {projection.name} shares its weight with {other}; needed a weight each, since each has a set "
                 "of its own; choose other layers with target_modules"
             )
-    if not any(projection.module.get_parameter("weight").requires_grad for projection in found):
-        raise ValueError(
-            f"model: none of the {len(found)} layers to train sparsely requires a gradient (the first is "
-            f"{found[0].name}); unfreeze their weights with requires_grad_(True), or train without LongAct: adapters "
-            "beside frozen weights have no rows to choose from"
-        )
     return found
 
 

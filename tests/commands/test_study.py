@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longact_kernels.cli import main
 from longact_kernels.commands.files import METRICS, read_lines
+from longact_kernels.commands.study import recall as recall_module
 from longact_kernels.commands.study.config import read_study
 from longact_kernels.commands.study.estimates import compare, estimate
 from longact_kernels.commands.study.figures import draw
@@ -135,6 +136,14 @@ def test_pretraining_that_gets_nowhere(tmp_path):
     assert not (tmp_path / "base").exists()
 
 
+def test_pretraining_asks_for_long_prompts_only_near_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(recall_module, "accuracy", lambda *_: asked.append(1) or 0.0)
+    with pytest.raises(ValueError, match=r"accuracy 0\.000 after most_steps 30"):
+        recall_module.pretrain(Recall(**BASE | {"pairs": 12, "most_steps": 30}), seed=1)
+    assert len(asked) == 1
+
+
 def test_the_same_seed_makes_the_same_base(base):
     one, same = (AutoModelForCausalLM.from_pretrained(base / name / "model") for name in ("one", "same"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
@@ -172,8 +181,8 @@ def test_moved_counts_weights():
         ({"arms": {"dense": {}, "a/b": {}}}, "got the name 'a/b'"),
         ({"base": {"pairs": 3}}, "got pairs 3, needed 4 to 64"),
         ({"base": {"pairs": [4, 65]}}, "got pairs 65, needed 4 to 64, the number of keys"),
-        ({"frozen": "["}, "frozen: got '[', needed a regular expression"),
-        ({"arms": {"dense": {}, "top": {"frozen": True}}}, "arms: top: frozen: got True"),
+        ({"options": {"max_steps": 2, "frozen": "["}}, "frozen: got '[', needed a regular expression"),
+        ({"arms": {"dense": {}, "top": {"frozen": True}}}, "frozen: got True, needed a text"),
         ({"arms": {"dense": {}, "top": {"lora_r": 2, "longact": True}}}, "arms: top: got longact and lora_r"),
         ({"arms": {"dense": {}, "top": {"lora_rank": 2}}}, "did you mean 'lora_"),
         ({"learning_rates": [1e-3], "tuning_seeds": [9]}, "learning_rates: got [0.001], needed a list of two"),
@@ -278,8 +287,8 @@ def test_several_lengths_are_arms_compared_at_the_same_length(tmp_path):
 @pytest.mark.slow
 def test_a_study_of_rates_and_adapters(tmp_path):
     """What trains is what was said, in every arm; a second start runs nothing again; the rates are those chosen."""
-    content = STUDY | TUNED | {"seeds": 1, "frozen": "embed|norm|lm_head"}
-    content["options"] = content["options"] | {"target_modules": "all-linear"}
+    content = STUDY | TUNED | {"seeds": 1}
+    content["options"] = content["options"] | {"target_modules": "all-linear", "frozen": "embed|norm|lm_head"}
     content["arms"] = {
         "dense": {},
         "once": {"strategy": "random", "freeze_after": 1, "density": 0.25},

@@ -12,12 +12,11 @@ from trl import ModelConfig
 from longact_kernels.commands.console import did_you_mean
 from longact_kernels.commands.study.recall import Recall
 from longact_kernels.commands.train.arguments import LONGACT
-from longact_kernels.commands.train.limits import check_pattern
 
 SETTINGS = ("recall", "train")
 DENSE = "dense"
 # All arms get the same data and compute, and differ in the method alone.
-ARM_OPTIONS = [of.name for of in LONGACT] + ["longact", "state", "algorithm"]
+ARM_OPTIONS = [of.name for of in LONGACT] + ["longact", "frozen", "state", "algorithm"]
 LORA_OPTIONS = [of.name for of in dataclasses.fields(ModelConfig) if of.name.startswith("lora_")]
 SHARED_BY_ALL = ("output_dir", "seed", "resume", "config")
 
@@ -29,7 +28,6 @@ class Arm:
     Attributes:
         method: its name in the study's file.
         options: of `longact train`, in which the arm differs.
-        frozen: a regular expression that is searched for in the names of parameters: those found stay as they are.
         lora: options of LoRA adapters, as TRL's `ModelConfig` names them; with any, they alone are trained.
         seeds: of its runs.
         base: the model and the task of setting "recall".
@@ -37,15 +35,9 @@ class Arm:
 
     method: str
     options: dict[str, Any]
-    frozen: str | None
     lora: dict[str, Any]
     seeds: list[int]
     base: Recall
-
-    @property
-    def differs(self) -> dict[str, Any]:
-        """All in which it differs from other arms with its base, by name."""
-        return {**self.options, **self.lora} | ({"frozen": self.frozen} if self.frozen else {})
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,6 @@ class Study:
         options: of `longact train`, for all arms.
         arms: by name, which is the method's, with the number of pairs behind it where the study has several.
         reference: the method that the others are compared with, besides "dense".
-        frozen: as an arm's, for all arms.
         curve_every: steps between two measurements of the held-out accuracy; 0 for none but before and after.
         evaluate: options of `longact eval` (tasks, lengths, limit, batch_size), whose mean score is then the final
             one; None for the held-out accuracy.
@@ -71,7 +62,6 @@ class Study:
     options: dict[str, Any]
     arms: dict[str, Arm]
     reference: str
-    frozen: str | None = None
     curve_every: int = 0
     evaluate: dict[str, Any] | None = None
     learning_rates: list[float] = field(default_factory=list)
@@ -161,9 +151,7 @@ def read_study(path: Path) -> Study:
     curve_every = content.get("curve_every", 0)
     if not isinstance(curve_every, int) or curve_every < 0:
         raise ValueError(f"curve_every: got {curve_every!r}, needed a number of steps, or 0")
-    check_pattern("frozen", frozen := content.get("frozen"))
-    study = Study(path.stem, content["setting"], options, arms, reference, frozen, curve_every, evaluate)
-    return with_tuning(study, content)
+    return with_tuning(Study(path.stem, content["setting"], options, arms, reference, curve_every, evaluate), content)
 
 
 def with_tuning(study: Study, content: dict) -> Study:
@@ -192,15 +180,14 @@ def read_arm(name: str, content: dict, seeds: list[int]) -> Arm:
         raise ValueError(f"arms: got the name {name!r}, needed letters, digits, '-', '_' and '.', as in a file's name")
     options = dict(content)
     seeds = seeds_of(options.pop("seeds", seeds), f"arms: {name}: seeds")
-    check_pattern(f"arms: {name}: frozen", frozen := options.pop("frozen", None))
     lora = {key: options.pop(key) for key in LORA_OPTIONS if key in options}
     remark = "arms share data and compute: see options; learning_rates chooses a rate for each"
     check_keys(options, [*ARM_OPTIONS, *LORA_OPTIONS], f"arms: {name}", remark)
-    if name == DENSE or frozen or lora:
+    if name == DENSE or "frozen" in options or lora:
         options.setdefault("longact", False)
     if lora and options["longact"]:
         raise ValueError(f"arms: {name}: got longact and {next(iter(lora))}; leave one of them out")
-    return Arm(name, options, frozen, lora, seeds, Recall())
+    return Arm(name, options, lora, seeds, Recall())
 
 
 def bases_of(content: dict) -> list[Recall]:

@@ -25,13 +25,13 @@ from longact_kernels.commands.study.config import Arm, Study
 from longact_kernels.commands.study.recall import Recall, make_base
 from longact_kernels.commands.train.arguments import parse
 from longact_kernels.commands.train.figures import series
-from longact_kernels.commands.train.run import Run, freeze
+from longact_kernels.commands.train.run import Run
 from longact_kernels.sparse.projections import find_projections
 
 POINT = {"step": int, "accuracy": NUMBER}
 # Of a finished run, for all that compares runs.
 RESULT = {
-    **{"arm": str, "seed": int, "options": dict, "beyond": dict, "learning_rate": NUMBER, "before": NUMBER},
+    **{"arm": str, "seed": int, "options": dict, "lora": dict, "learning_rate": NUMBER, "before": NUMBER},
     **{"after": NUMBER, "score": NUMBER, "curve": [[NUMBER]], "reward?": NUMBER, "churn?": NUMBER},
     **{"trained": NUMBER, "moved": NUMBER, "state?": NUMBER, "seconds_per_step?": NUMBER},
     **{"eval?": {str: NUMBER}, "versions": {str: str}},
@@ -141,10 +141,6 @@ class Training:
             }
         return options | {"seed": self.seed, "output_dir": str(self.folder.run(self.name))}
 
-    def beyond(self) -> dict[str, Any]:
-        """What makes the run that is no option of `longact train`."""
-        return {"frozen": [one for one in (self.study.frozen, self.arm.frozen) if one], "lora": self.arm.lora}
-
     def check(self) -> None:
         """Reads the options as `longact train` does, and the result that is there.
 
@@ -152,7 +148,7 @@ class Training:
             ValueError: they are wrong, or the result is of another study.
         """
         held = self.result()
-        if held and (held["options"], held["beyond"]) != (self.options(), self.beyond()):
+        if held and (held["options"], held["lora"]) != (self.options(), self.arm.lora):
             raise ValueError(
                 f"output: {self.folder.path} has a run {self.name} with other options; name another --output, or "
                 f"delete {self.folder.result(self.name)}"
@@ -189,8 +185,6 @@ class Training:
         """Trains; returns what was seen, or None if it was stopped."""
         weights = self.weights(run)
         before = [weight.detach().clone() for weight in weights]
-        for pattern in self.beyond()["frozen"]:
-            freeze(run.model, pattern)
         adapter = self.adapter(run)
         curve = Curve(run, self.study.curve_every)
         if self.study.curve_every:
@@ -211,7 +205,7 @@ class Training:
             "arm": self.arm_name,
             "seed": self.seed,
             "options": self.options(),
-            "beyond": self.beyond(),
+            "lora": self.arm.lora,
             "learning_rate": run.training.learning_rate,
             "before": first.accuracy,
             "after": last.accuracy,

@@ -193,15 +193,14 @@ def page(study: Study, rows: list[Row], images: dict[str, tuple[bytes, bytes]], 
     }
     figures = "".join(picture(name, titles[name], *both) for name, both in images.items())
     arms = {
-        name: ", ".join(f"{key} {value}" for key, value in arm.differs.items()) or "-"
+        name: ", ".join(f"{key} {value}" for key, value in {**arm.options, **arm.lora}.items()) or "-"
         for name, arm in study.arms.items()
     }
     parts = {"evaluate": study.evaluate or {}, "base": {}}
     if study.setting == "recall":
         bases = [vars(arm.base) for arm in study.arms.values()]
         parts["base"] = bases[0] | {"pairs": ", ".join(dict.fromkeys(str(base["pairs"]) for base in bases))}
-    options = study.options | ({"frozen": study.frozen} if study.frozen else {})
-    options |= {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
+    options = study.options | {f"{part}: {key}": value for part, own in parts.items() for key, value in own.items()}
     return document(
         study.name,
         f"{sum(row.score.count for row in rows)} runs of {study.options['max_steps']} steps, setting {study.setting}",
