@@ -366,7 +366,7 @@ def test_only_shared_documents_are_compared():
     [
         ([], "needed either one MODEL or --compare A B"),
         (["MODEL", "--compare", "a", "b"], "needed either one MODEL or --compare A B"),
-        (["MODEL", "--lengths", "1k"], "lengths: got '1k', needed numbers of tokens"),
+        (["MODEL", "--lengths", "1k"], "lengths: got '1k', needed a whole number of at least 1"),
         (["MODEL", "--lengths", "0"], "lengths: got '0'"),
         (["MODEL", "--limit", "0"], "limit: got '0', needed a whole number of at least 1"),
         (["MODEL", "--batch_size", "-1"], "batch_size: got '-1'"),

@@ -1,6 +1,6 @@
 """`longact eval`: its arguments."""
 
-from longact_kernels.commands.console import Parser, at_least, refusing
+from longact_kernels.commands.console import Parser, at_least, numbers, refusing
 from longact_kernels.integrations.packaged import PACKAGED
 
 
@@ -34,7 +34,11 @@ def parser() -> Parser:
         "longbench2_generate (the official form: generated answers), or any task of lm-eval (default: ruler)",
     )
     parser.add_argument(
-        "--lengths", metavar="N,N", default="4096", help="lengths of RULER's tasks in tokens (default: 4096)"
+        "--lengths",
+        metavar="N,N",
+        type=numbers(least=1),
+        default=[4096],
+        help="lengths of RULER's tasks in tokens (default: 4096)",
     )
     parser.add_argument(
         "--limit", metavar="N", type=at_least(1), help="documents per task and length (default: all, 500 of RULER's)"

@@ -1,6 +1,6 @@
 """What the user sees of an evaluation: tables on the screen, and pictures with lengths across and tasks down."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -21,7 +21,7 @@ def heading(length: int | None) -> str:
     return "own length" if length is None else f"{length:,}"
 
 
-def lengths_of(cells: list[Cell]) -> list[int | None]:
+def lengths_of(cells: Sequence[Cell | Difference]) -> list[int | None]:
     """Lengths in order; documents' own last."""
     return sorted({cell.length for cell in cells}, key=lambda length: (length is None, length or 0))
 
@@ -136,7 +136,7 @@ def draw_comparison(a: str, b: str, differences: list[Difference]) -> Figure:
     }
     widest = max(5.0, *map(abs, values.values()))
     title = f"{a} → {b}, with the difference's 95% interval"
-    lengths = sorted({row.length for row in differences}, key=lambda length: (length is None, length or 0))
+    lengths = lengths_of(differences)
     tasks = [task for task in dict.fromkeys(task for task, _ in rows) if task != MEAN]
     tasks += [MEAN] if any(row.task is None for row in differences) else []
     return heat_map(title, tasks, lengths, values, texts, "difference in points", "RdBu", (-widest, widest))

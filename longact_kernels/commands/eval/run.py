@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_all(arguments: argparse.Namespace, console: Console) -> None:
-    lengths = lengths_of(arguments.lengths)
+    lengths = sorted({*arguments.lengths})
     labels, models, output = what_to_evaluate(arguments)
     places = []
     if not all(ResultFolder.is_one(Path(model)) for model in models):
@@ -112,16 +112,6 @@ def what_to_evaluate(arguments: argparse.Namespace) -> tuple[list[str], list[str
 def slug(model: str) -> str:
     """A model's last two names, as a folder's name."""
     return re.sub(r"[^\w.-]+", "-", "-".join(Path(os.path.normpath(model)).parts[-2:])).strip("-")
-
-
-def lengths_of(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise ValueError(f"lengths: got {text!r}, needed numbers of tokens with commas between them, such as 1024,4096")
-    return lengths
 
 
 def evaluate_subject(
