@@ -117,12 +117,22 @@ def test_any_combination(maximize, grad_scale, stochastic, **shape):
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_longer_than_a_block(axis, dtype):
+@pytest.mark.parametrize("compact, master", [(False, True), (True, True), (True, False)])
+def test_weights_longer_than_a_block(axis, dtype, compact, master):
     lists = problem(
-        [(70, 2500), (2500, 70)], 0.05, dtype, dtype, master=True, compact=False, compact_grad=False, axis=axis
-    )
-    after = assert_follows_reference(lists, axis=axis)
+        [(70, 2501), (2501, 70)], 0.1, dtype, dtype, master=master, compact=compact, compact_grad=False, axis=axis,
+        empty=2,
+    )  # fmt: skip
+    after = assert_follows_reference(lists, axis=axis, compact=compact)
     assert_untouched_outside(lists, after, axis)
+
+
+def test_more_slots_than_columns():
+    lists = problem(
+        [(40, 17)] * 3, 0.3, torch.float32, torch.float32, master=False, compact=True, compact_grad=True,
+        axis="columns", empty=60,
+    )  # fmt: skip
+    assert_untouched_outside(lists, assert_follows_reference(lists, axis="columns", compact=True), "columns")
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])

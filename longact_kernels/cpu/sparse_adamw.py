@@ -41,7 +41,7 @@ class Prepared:
             per_task = max(1, _TASK // max(1, K))
             self._sizes.extend((N, K, S, weight.stride()[0], 0, 0, self._tasks, per_task, self._scratch))
             self._tasks += -(-(S if self._along_rows else N) // per_task)
-            self._scratch += 0 if self._along_rows else 3 * K + 4
+            self._scratch += 0 if self._along_rows else 3 * max(K, S) + 4
         self._layout: Any = None
 
     def __call__(self, call: AdamWCall, layout: Any = None) -> None:

@@ -3,6 +3,7 @@
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 _I32 = ir.IntType(32)
@@ -50,14 +51,19 @@ def advance(typingctx, pointer, elements):
     return pointer(pointer, types.int64), codegen
 
 
+def _bytes(element):
+    return element.width // 8 if isinstance(element, ir.IntType) else 4
+
+
 def _load(builder, pointer, lanes):
     element = pointer.type.pointee
     vector = builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
-    return builder.load(vector, align=element.width // 8 if isinstance(element, ir.IntType) else 4)
+    return builder.load(vector, align=_bytes(element))
 
 
 def _store(builder, value, pointer):
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=pointer.type.pointee.width // 8)
+    target = builder.bitcast(pointer, value.type.as_pointer())
+    builder.store(value, target, align=_bytes(pointer.type.pointee))
 
 
 def _masked(builder, pointers, keeps, lanes):
@@ -80,8 +86,8 @@ def prefetch_of(lanes):
             start = builder.bitcast(args[0], _BYTES)
             for offset in range(0, lanes * args[0].type.pointee.width // 8, 64):
                 line = builder.gep(start, [ir.Constant(_I32, offset)])
-                # To read (0), to be kept near (3), as data (1).
-                builder.call(function, [line, *(ir.Constant(_I32, value) for value in (0, 3, 1))])
+                # To read (0), into the second-level cache (2), as data (1): the first one waits for few lines at once.
+                builder.call(function, [line, *(ir.Constant(_I32, value) for value in (0, 2, 1))])
             return context.get_dummy_value()
 
         return types.void(pointer), codegen
@@ -145,6 +151,52 @@ def _call(builder, name, *args):
     return builder.call(function, args)
 
 
+def compresses():
+    """Whether `compress_of` and `expand_of` may be used: what they are made of, AVX-512 alone has."""
+    return "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
+def _pick(builder, name, numbers, rest, bits):
+    """`numbers` moved together, or apart, where bits are set; `rest` where there are none."""
+    vector, mask = numbers.type, ir.VectorType(ir.IntType(1), numbers.type.count)
+    kind = ir.FunctionType(vector, [vector, vector, mask])
+    function = cgutils.get_or_insert_function(
+        builder.module, kind, f"llvm.x86.avx512.mask.{name}.v{numbers.type.count}f32"
+    )
+    chosen = builder.bitcast(builder.trunc(bits, ir.IntType(mask.count)), mask)
+    return builder.call(function, [numbers, rest, chosen])
+
+
+def compress_of(lanes):
+    """Makes `f(source, target, bits)`: the numbers of a vector whose bits are set, side by side; writes all lanes."""
+
+    @intrinsic
+    def compress(typingctx, source, target, bits):
+        def codegen(context, builder, signature, args):
+            numbers = _load(builder, args[0], lanes)
+            _store(builder, _pick(builder, "compress", numbers, numbers, args[2]), args[1])
+            return context.get_dummy_value()
+
+        return types.void(source, target, bits), codegen
+
+    return compress
+
+
+def expand_of(lanes):
+    """Makes `f(source, target, bits)`: numbers side by side to the places whose bits are set; undoes `compress_of`."""
+
+    @intrinsic
+    def expand(typingctx, source, target, bits):
+        def codegen(context, builder, signature, args):
+            numbers, rest = (_load(builder, pointer, lanes) for pointer in args[:2])
+            _store(builder, _pick(builder, "expand", numbers, rest, args[2]), args[1])
+            return context.get_dummy_value()
+
+        return types.void(source, target, bits), codegen
+
+    return expand
+
+
 def adamw_of(lanes, masked):
     """Makes `f(w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)`: AdamW on `lanes` neighbours.
 
@@ -174,14 +226,23 @@ def adamw_of(lanes, masked):
             new_w = builder.fsub(builder.fmul(w, decay), update)
             salient = builder.fcmp_ordered(">=", floor, ir.Constant(vector, [0.0] * lanes))
             for pointer, new, old in zip((args[0], args[2], args[3]), (new_w, new_m, new_v), (w, m, v), strict=True):
-                target = builder.bitcast(pointer, vector.as_pointer())
-                builder.store(builder.select(salient, new, old) if masked else new, target, align=4)
+                _store(builder, builder.select(salient, new, old) if masked else new, pointer)
             return context.get_dummy_value()
 
         parameters = (w, g, m, v, step_size, floor, decay, weight1, beta2, weight2)
         return types.void(*parameters), codegen
 
     return adamw
+
+
+@intrinsic
+def bits_set(typingctx, word):
+    """How many bits of an integer are 1."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return word(word), codegen
 
 
 @intrinsic

@@ -25,6 +25,10 @@ from longact_kernels.cpu.native.intrinsics import (
     advance,
     bf16_by_chance,
     bf16_of,
+    bits_set,
+    compress_of,
+    compresses,
+    expand_of,
     float32_at,
     float64_at,
     float_of,
@@ -43,10 +47,16 @@ _BLOCK = 1024
 _LINE = 16
 # Lines are left out where at least this many times as many hold no salient column.
 _FEW = 3
+# Salient columns worked on at a time where states are compact: so few that reading ahead goes on meanwhile.
+_GROUP = 96
+# Elements along the salient rows between those worked on and those asked for.
+_AHEAD = 512
 # int64 words of one weight in `sizes`.
 _WORDS = 9
 
 _prefetch_line = prefetch_of(64)
+_compress, _expand = compress_of(_LINE), expand_of(_LINE)
+_COMPRESSES = compresses()
 _line, _single = adamw_of(_LINE, masked=False), adamw_of(1, masked=False)
 _masked_line, _masked_single = adamw_of(_LINE, masked=True), adamw_of(1, masked=True)
 
@@ -64,7 +74,7 @@ def _constants(scalars):
     return float32(1.0 - lr * decay), float32(1.0 - beta1), float32(beta2), float32(1.0 - beta2)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _read(source, is_bf16, start, count, buffer, scale, sign):
     """`count` numbers from `start` on, as fp32: where they lie if nothing changes them, else in `buffer`."""
     if is_bf16:
@@ -175,6 +185,7 @@ def rows(args):
             int32_at(at[5 * count_of_weights]),
         )
         master = at[6 * count_of_weights] if has_master else 0
+        held, held_is_bf16 = (master, 0) if master != 0 else (weight, weight_is_bf16)
         first = (task - size[6]) * size[7]
         for slot in range(first, min(first + size[7], S)):
             row = index[slot]
@@ -187,8 +198,11 @@ def rows(args):
                 step_size, floor = _factors(tau, scalars)
                 last_tau = tau
             key = _key(seed, number, row, tau)
-            # Hardware looks ahead along a row, not to the next salient one: where rows are short, that is asked for.
-            ahead = index[min(slot + 1, S - 1)] - row if K <= _BLOCK else 0
+            # Hardware looks ahead along a row, not to the next salient one.
+            ahead, jump = min(_AHEAD, K), index[min(slot + 1, S - 1)] - row
+            grad_jump = (1 if compact_grad else jump) * grad_stride + ahead - K
+            state_jump = (1 if compact else jump) * K + ahead - K
+            held_jump = state_jump if master != 0 else jump * weight_stride + ahead - K
             for k0 in range(0, K, _BLOCK):
                 count = min(_BLOCK, K - k0)
                 here, state_here = row * weight_stride + k0, state * K + k0
@@ -200,18 +214,15 @@ def rows(args):
                     w = _read(weight, weight_is_bf16, here, count, w_buffer, float32(0.0), float32(1.0))
                 m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
                 v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
-                grad_next = grad_here + (1 if compact_grad else ahead) * grad_stride
-                state_next = state_here + (1 if compact else ahead) * K
+                held_here = state_here if master != 0 else here
                 k = 0
                 while k + _LINE <= count:
-                    if ahead > 0:
-                        _prefetch(grad, grad_is_bf16, grad_next + k)
-                        _prefetch(exp_avg, moment_is_bf16, state_next + k)
-                        _prefetch(exp_avg_sq, moment_is_bf16, state_next + k)
-                        if master != 0:
-                            _prefetch(master, 0, state_next + k)
-                        else:
-                            _prefetch(weight, weight_is_bf16, here + ahead * weight_stride + k)
+                    same_row = k0 + k + ahead < K
+                    state_ahead = state_here + k + (ahead if same_row else state_jump)
+                    _prefetch(grad, grad_is_bf16, grad_here + k + (ahead if same_row else grad_jump))
+                    _prefetch(exp_avg, moment_is_bf16, state_ahead)
+                    _prefetch(exp_avg_sq, moment_is_bf16, state_ahead)
+                    _prefetch(held, held_is_bf16, held_here + k + (ahead if same_row else held_jump))
                     _line(
                         advance(w, k), advance(g, k), advance(m, k), advance(v, k),
                         step_size, floor, decay, weight1, beta2, weight2,
@@ -253,7 +264,8 @@ def _write_salient(target, start, count, numbers, floor, by_chance, keys, is_mom
 def column_factors(args):
     """One task a weight: raises τ of its salient columns, and fills its scratch: step sizes, floors (-1 where there is
     no salient column) and keys of all columns, then the number of runs of neighbouring lines with salient columns, and
-    first and end column of each; or, where states are compact, the first three for the set's slots."""
+    first and end column of each; or, where states are compact, the first three for the set's slots, then the lines of
+    every group of slots from its first slot on: first column times 2^16, and a bit for each salient one."""
     addresses, sizes, scalars, count_of_weights = int64_at(args[2]), int64_at(args[3]), float64_at(args[4]), args[6]
     compact, seed = args[11], args[12]
     while True:
@@ -282,6 +294,20 @@ def column_factors(args):
             step_size[place], floor[place] = factors
             keys[place] = _key(seed, task, k, tau)
         if compact:
+            lines, line, empty = int64_at(scratch + 8 * (3 * S // 2 + 1)), 0, 0
+            for slot in range(S):
+                k = index[slot]
+                if k == -1:
+                    empty += 1
+                    continue
+                start = min(k // _LINE * _LINE, K - _LINE)
+                if (slot - empty) % _GROUP == 0:
+                    line = slot
+                    lines[line] = start << 16
+                elif lines[line] >> 16 != start:
+                    line += 1
+                    lines[line] = start << 16
+                lines[line] |= 1 << (k - start)
             continue
         runs = int64_at(scratch + 8 * (3 * K // 2 + 1))
         count, lines, open_run = 0, 0, False
@@ -385,37 +411,27 @@ def columns(args):
                             single[k] = w[k] if floor[k] >= 0 else single[k]
 
 
-@njit
-def _gather(source, is_bf16, start, places, count, buffer):
-    """Numbers of some columns of a row, as fp32."""
+@njit(forceinline=True)
+def _gather(source, is_bf16, start, places, lines, count, buffer):
+    """Numbers of some columns of a row, as fp32; overwrites up to a line more of the buffer."""
+    half, single = advance(uint16_at(source), start), advance(float32_at(source), start)
     if is_bf16:
-        half = advance(uint16_at(source), start)
         for k in range(count):
             buffer[k] = float_of(half[places[k]])
+    elif _COMPRESSES and lines[0] >= 0:  # rows shorter than a line have none
+        line, k = 0, 0
+        while k < count:
+            bits = lines[line]
+            _compress(advance(single, bits >> 16), advance(buffer, k), bits)
+            k += bits_set(bits & 0xFFFF)
+            line += 1
     else:
-        single = advance(float32_at(source), start)
         for k in range(count):
             buffer[k] = single[places[k]]
 
 
-@njit
-def _gather_ahead(source, is_bf16, start, places, count, buffer, stride):
-    """`_gather` that asks for all lines of the next row: hardware does not look ahead where some are left out."""
-    half, single = advance(uint16_at(source), start), advance(float32_at(source), start)
-    line = places[0] // _LINE * _LINE
-    for k in range(count):
-        place = places[k]
-        if is_bf16:
-            buffer[k] = float_of(half[place])
-        else:
-            buffer[k] = single[place]
-        while line <= place:
-            _prefetch(source, is_bf16, start + stride + line)
-            line += _LINE
-
-
-@njit
-def _scatter(target, is_bf16, start, places, count, numbers, by_chance, keys, row):
+@njit(forceinline=True)
+def _scatter(target, is_bf16, start, places, lines, count, numbers, by_chance, keys, row):
     """Writes numbers to some columns of a row."""
     half, single = advance(uint16_at(target), start), advance(float32_at(target), start)
     if by_chance:
@@ -424,6 +440,13 @@ def _scatter(target, is_bf16, start, places, count, numbers, by_chance, keys, ro
     elif is_bf16:
         for k in range(count):
             half[places[k]] = bf16_of(numbers[k])
+    elif _COMPRESSES and lines[0] >= 0:
+        line, k = 0, 0
+        while k < count:
+            bits = lines[line]
+            _expand(advance(numbers, k), advance(single, bits >> 16), bits)
+            k += bits_set(bits & 0xFFFF)
+            line += 1
     else:
         for k in range(count):
             single[places[k]] = numbers[k]
@@ -454,26 +477,22 @@ def gathered_columns(args):
         first, empty = (task - size[6]) * size[7], 0
         while empty < S and index[empty] == -1:
             empty += 1
-        end = min(first + size[7], N)
-        last_row = end - 1 if size[1] > S * _FEW else 0
-        for row in range(first, end):
-            for s0 in range(empty, S, _BLOCK):
-                count, here, state_here = min(_BLOCK, S - s0), row * weight_stride, row * S + s0
-                places = advance(index, s0)
+        lines = int64_at(args[5] + 8 * (size[8] + 3 * S // 2 + 1))
+        for row in range(first, min(first + size[7], N)):
+            for s0 in range(empty, S, _GROUP):
+                count, here, state_here = min(_GROUP, S - s0), row * weight_stride, row * S + s0
+                places, own_lines = advance(index, s0), advance(lines, s0)
                 step_size = float32_at(args[5] + 8 * size[8] + 4 * s0)
                 floor, keys = advance(step_size, S), uint32_at(args[5] + 8 * size[8] + 8 * S + 4 * s0)
                 if compact_grad:
                     g = _read(grad, grad_is_bf16, row * grad_stride + s0, count, g_buffer, divisor, sign)
                 else:
-                    _gather(grad, grad_is_bf16, row * grad_stride, places, count, g_buffer)
+                    _gather(grad, grad_is_bf16, row * grad_stride, places, own_lines, count, g_buffer)
                     g = _read(gathered, 0, 0, count, g_buffer, divisor, sign)
                 if master != 0:
                     w = advance(float32_at(master), state_here)
                 else:
-                    if row < last_row:
-                        _gather_ahead(weight, weight_is_bf16, here, places, count, w_buffer, weight_stride)
-                    else:
-                        _gather(weight, weight_is_bf16, here, places, count, w_buffer)
+                    _gather(weight, weight_is_bf16, here, places, own_lines, count, w_buffer)
                     w = w_buffer
                 m = _read(exp_avg, moment_is_bf16, state_here, count, m_buffer, float32(0.0), float32(1.0))
                 v = _read(exp_avg_sq, moment_is_bf16, state_here, count, v_buffer, float32(0.0), float32(1.0))
@@ -494,4 +513,4 @@ def gathered_columns(args):
                     _write_salient(exp_avg, state_here, count, m, floor, seed >= 0, keys, True, row, 16)
                     _write_salient(exp_avg_sq, state_here, count, v, floor, seed >= 0, keys, True, row, 0)
                 by_chance = seed >= 0 and weight_is_bf16 and master == 0
-                _scatter(weight, weight_is_bf16, here, places, count, w, by_chance, keys, row)
+                _scatter(weight, weight_is_bf16, here, places, own_lines, count, w, by_chance, keys, row)
