@@ -4,12 +4,13 @@ Docstrings give equivalent torch code. `sparse_adamw_` and `carry_` change tenso
 Only `salient_linear` and `observe` are differentiable.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from longact_kernels.ops import carry_, channel_stats, linear_stats, salient_wgrad, select, sparse_adamw_
 from longact_kernels.ops.arguments import check_tensor
@@ -55,7 +56,7 @@ class RunningStats(NamedTuple):
         torch.maximum(self.absmax, absmax, out=self.absmax)
         if self.l2_sum is not None and self.sequences is not None:
             # A sequence of nothing but padding is no sequence.
-            if len(sumsq) == 1:
+            if sumsq.shape[0] == 1:
                 self.l2_sum.add_(sumsq[0].sqrt())
                 self.sequences.add_(sumsq.any())
             else:
@@ -160,65 +161,64 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, l2, mask, cu_seqlens):
         matrix = weight.t() if target.transposed else weight
-        measured: Sequence[Tensor] = ()
         along_rows = target.axis == "rows"
         if not along_rows:
             check_tensor("x", x)  # of which kernels read the channels
+        # On the node itself, not among its saved tensors: where non-reentrant checkpointing repeats the forward and
+        # refills those, these stay what the first one measured, with the tokens of its own call.
+        ctx.target = target
+        ctx.save_for_backward(x, weight)
         if l2 is not None and along_rows and may_fuse():
             # Packed sequences are measured as rows of tokens; what is saved keeps one shape, packed or not.
             tokens = x if cu_seqlens is None else x.flatten(0, -2)
-            y, *measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
-            y = y if tokens is x else y.view(*x.shape[:-1], len(matrix))
+            y, *ctx.measured = linear_stats(tokens, matrix, bias, mask, cu_seqlens, l2)
+            return y if tokens is x else y.view(*x.shape[:-1], len(matrix))
+        y = torch.nn.functional.linear(x, matrix, bias)
+        if l2 is None:
+            ctx.measured = ()
         else:
-            y = torch.nn.functional.linear(x, matrix, bias)
-            if l2 is not None:
-                tokens = y if along_rows else x
-                measured = measure(tokens if cu_seqlens is None else tokens.flatten(0, -2), mask, cu_seqlens, l2)
-        # On the node itself, not among its saved tensors: where non-reentrant checkpointing repeats the forward and
-        # refills those, these stay what the first one measured, with the tokens of its own call.
-        ctx.target, ctx.measured = target, measured
-        ctx.save_for_backward(x, weight)
+            tokens = y if along_rows else x
+            tokens = tokens if cu_seqlens is None else tokens.flatten(0, -2)
+            ctx.measured = measure(tokens, mask, cu_seqlens, l2)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         # With gradients off, as nearly always, what that adds would only take time.
-        return (_Project.once if torch.is_grad_enabled() else _Project.gradients)(ctx, dy)
-
-    @staticmethod
-    def gradients(ctx, dy):
+        if torch.is_grad_enabled():
+            return _Project.once(ctx, dy)
         x, weight = ctx.saved_tensors
-        target, transposed = ctx.target, ctx.target.transposed
-        x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        target, needs = ctx.target, ctx.needs_input_grad
+        transposed = target.transposed
         # Of `torch.autograd.grad(loss, inputs)` the weight gets no gradient, and nothing counts.
-        counts = torch.compiler.is_compiling() or reaches(ctx.next_functions[1][0])
+        counts = is_compiling() or reaches(ctx.next_functions[1][0])
         # Merged here and not in forward: a forward that activation checkpointing repeats, or that no gradient comes
         # from, would otherwise count as well.
         index = target.begin(ctx.measured) if counts else None
         dy2 = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
         x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         dx = dw = db = None
-        if x_needs:
+        if needs[0]:
             dx = torch.mm(dy2, weight.t() if transposed else weight)
             dx = dx if x2 is x else dx.view_as(x)
-        if weight_needs and counts:
+        if needs[1] and counts:
             # The whole gradients are written as autograd writes them for F.linear, so that they have the same bits.
             if index is None:
                 dw = x2.T @ dy2 if transposed else (x2.T @ dy2).T
             else:
-                check_tensor("dy", dy)
-                # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
-                along: Axis = "columns" if (target.axis == "columns") != transposed else "rows"
-                left, right = (x2, dy2) if transposed else (dy2, x2)
+                left, right, along = dy2.resolve_neg(), x2, target.axis  # kernels read the values that lie there
+                if transposed:
+                    # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
+                    left, right, along = right, left, "columns" if along == "rows" else "rows"
                 if (into := target.accumulator()) is None:
                     dw = multiply(left, right, index, along)
                 else:
                     multiply(left, right, index, along, True, *into)
-        if bias_needs:
+        if needs[2]:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None
 
-    once = staticmethod(once_differentiable(gradients))
+    once = staticmethod(once_differentiable(backward))
 
 
 # Without the steps that functorch's transforms need, which take as long as a kernel's launch.
@@ -243,7 +243,7 @@ def project(
         target: where to look.
         l2: whether statistics need sums of squares; None to take none.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = is_compiling() or _are_functorch_transforms_active()
     return (_Project.apply if traced else _apply)(x, weight, bias, target, l2, mask, cu_seqlens)
 
 
@@ -302,14 +302,15 @@ def _check_linear(x, weight, bias, rows, stats, axis, transposed, grad) -> None:
     check_tensor("weight", weight, device)
     if axis not in ("rows", "columns"):
         raise ValueError(f"axis: got {axis!r}, needed 'rows' or 'columns'")
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[not transposed] or dtype != weight.dtype:
+    shape = weight.shape
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != shape[not transposed] or dtype != weight.dtype:
         raise ValueError(
-            f"x, weight: got {dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}, needed [..., T, K] and "
+            f"x, weight: got {dtype} {list(x.shape)} and {weight.dtype} {list(shape)}, needed [..., T, K] and "
             f"{'[K, N]' if transposed else '[N, K]'} of one dtype"
         )
     if not dtype.is_floating_point:
         raise ValueError(f"x: got {dtype}, needed fp32, fp16 or bf16")
-    N, K = weight.shape[::-1] if transposed else weight.shape
+    N, K = shape[::-1] if transposed else shape
     if bias is not None:
         check_tensor("bias", bias, device)
         if bias.shape != (N,) or bias.dtype != dtype:
@@ -322,8 +323,9 @@ def _check_linear(x, weight, bias, rows, stats, axis, transposed, grad) -> None:
         _check_stats(stats, N if axis == "rows" else K)
     if grad is not None:
         check_tensor("grad", grad, device)
-        shape = None if rows is None else [len(rows), K] if axis == "rows" else [N, len(rows)]
-        if shape is None or list(grad.shape) != (shape[::-1] if transposed else shape) or grad.dtype != torch.float32:
+        S = -1 if rows is None else rows.shape[0]
+        shape = (S, K) if axis == "rows" else (N, S)
+        if grad.shape != (shape[::-1] if transposed else shape) or grad.dtype != torch.float32:
             raise ValueError(
                 f"grad: got {grad.dtype} {list(grad.shape)}, needed torch.float32 of the channels in `rows` alone"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> None:
@@ -22,7 +23,7 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> N
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got a {type(value).__name__}, needed a tensor")
-    if not torch.compiler.is_compiling():  # which can trace neither question, and copies negated views by itself
+    if not is_compiling():  # which can trace neither question, and copies negated views by itself
         if value.layout is not torch.strided:
             raise ValueError(
                 f"{name}: got a tensor of layout {value.layout}, needed a strided one, as to_dense() gives"
@@ -50,7 +51,7 @@ def check_list(name: str, values: Any) -> None:
 
 def check_apart(what: str, tensors: Sequence[Tensor]) -> None:
     """Raises ValueError if two tensors that an op writes to share memory; of those with gaps, if they begin as one."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return  # there are no addresses yet
     spans = sorted(
         (start, start + (t.nbytes if t.is_contiguous() else 1))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def measure(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool)
     """`channel_stats` of an activation that is known to be a strided tensor."""
     if y.dtype not in _FLOATS or y.ndim == 0:
         raise ValueError(f"y: got {y.dtype} {list(y.shape)}, needed fp32, fp16 or bf16 [..., T, N]")
-    check_tokens("y", y, mask, cu_seqlens)
+    if mask is not None or cu_seqlens is not None:
+        check_tokens("y", y, mask, cu_seqlens)
     run = _run if runs_at_once(y) else torch.ops.longact.channel_stats.default
     return run(y, mask, cu_seqlens, l2)
 
@@ -95,37 +96,36 @@ def _(y, mask, cu_seqlens, l2):
 def _kernel(y: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, l2: bool) -> tuple[Tensor, Tensor]:
     if y.ndim not in (2, 3):
         y = y.unsqueeze(0) if y.ndim == 1 else y.flatten(0, -3)
-    if y.stride(-1) != 1:
+    strides = y.stride()
+    if strides[-1] != 1:
         y = y.contiguous()
+        strides = y.stride()
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
     packed = None
     if cu_seqlens is not None:
         cu_seqlens, packed = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
-    kernels, B, N, pieces, blocks, sizes, strides, config, no_sums = _plan(
-        y.shape, y.stride(), y.itemsize, y.device, y.data_ptr() % 16 == 0, packed
-    )
-    absmax = y.new_empty(N, dtype=torch.float32)
-    sumsq = y.new_empty(B, N, dtype=torch.float32) if l2 else no_sums
-    if not pieces:
-        return absmax.zero_(), sumsq.zero_()
-    partial = y.new_empty(2, pieces, N, dtype=torch.float32)
-    kernels.channel_stats_partial[pieces, blocks](y, mask, cu_seqlens, partial, B, *sizes, *strides, **config)
-    kernels.channel_stats_merge[1 + B if l2 else 1, blocks](partial, cu_seqlens, absmax, sumsq, *sizes, **kernels.MERGE)
-    return absmax, sumsq
+    launch = _plan(y.shape, strides, y.dtype, y.device, y.data_ptr() % 16 == 0, packed, l2)
+    return launch(y, mask, cu_seqlens)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    shape: torch.Size, strides: tuple[int, ...], itemsize: int, device: torch.device, aligned: bool, packed: int | None
-) -> tuple[Any, int, int, int, int, tuple[int, ...], tuple[int, int], dict[str, int], Tensor]:
-    """What is the same for all activations of a layout: the kernels, B, N, pieces of tokens (0: nothing to do), blocks
-    of channels, the sizes that both kernels take, strides, the tile, and what is returned for sums that nobody takes.
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+    packed: int | None,
+    l2: bool,
+) -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
+    """The launches for activations of a layout.
 
     Args:
-        shape, strides, itemsize, device: of the activation.
+        shape, strides, dtype, device: of the activation.
         aligned: whether it begins at a multiple of 16 bytes.
         packed: how many packed sequences it has; None for others.
+        l2: as of `channel_stats`.
     """
     kernels = device_code("channel_stats")
     *rows, T, N = shape
@@ -134,12 +134,25 @@ def _plan(
     chunks = -(-T // chunk)
     # Every bound between two packed sequences may cut a piece in two.
     pieces = B * chunks if packed is None else chunks + B - 1
-    pieces = pieces if B and T and N else 0
+    blocks = -(-N // kernels.BLOCK_N)
     stride_yb, stride_ym = strides[0], strides[-2]
     aligned = aligned and N % 16 == stride_yb % 16 == stride_ym % 16 == 0
+    config = kernels.partial_config(target(device), dtype.itemsize, aligned)
+    sizes = T, N, pieces, chunk, chunks
+    empty = not (B and T and N)
     with torch.inference_mode(False):  # whoever asks first, all may use it
         no_sums = torch.empty(0, N, device=device)
-    return (
-        kernels, B, N, pieces, -(-N // kernels.BLOCK_N), (T, N, pieces, chunk, chunks), (stride_yb, stride_ym),
-        kernels.partial_config(target(device), itemsize, aligned), no_sums,
-    )  # fmt: skip
+    new_empty, merge_config = no_sums.new_empty, kernels.MERGE  # quicker than to name device and dtype anew
+    numbers, grid, merge_grid = (B, *sizes, stride_yb, stride_ym), (pieces, blocks), (1 + B if l2 else 1, blocks)
+
+    def launch(y, mask, cu_seqlens):
+        absmax = new_empty(N)
+        sumsq = new_empty(B, N) if l2 else no_sums
+        if empty:
+            return absmax.zero_(), sumsq.zero_()
+        partial = new_empty(2, pieces, N)
+        kernels.channel_stats_partial[grid](y, mask, cu_seqlens, partial, *numbers, **config)
+        kernels.channel_stats_merge[merge_grid](partial, cu_seqlens, absmax, sumsq, *sizes, **merge_config)
+        return absmax, sumsq
+
+    return launch

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from longact_kernels.warning import LongActWarning
 
@@ -34,8 +36,8 @@ def runs_at_once(tensor: Tensor) -> bool:
 
     It may not where somebody traces, or would record a graph of the call.
     """
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    kind = type(tensor)
+    return (kind is Tensor or kind is Parameter) and not torch.is_grad_enabled() and not is_compiling()
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from longact_kernels.ops import impl_table
 from longact_kernels.ops.arguments import check_tensor
@@ -107,7 +108,7 @@ def _(x, weight, bias, mask, cu_seqlens, l2, impl):
 
 def may_fuse() -> bool:
     """Whether there may be a shape for which "auto" is "fused"."""
-    return torch.compiler.is_compiling() or bool(impl_table.measured())
+    return is_compiling() or bool(impl_table.measured())
 
 
 def _choose(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> impl_table.Impl:

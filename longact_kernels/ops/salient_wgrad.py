@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -93,11 +93,11 @@ def multiply(
     dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool = False, out: Tensor | None = None, accumulate=False
 ) -> Tensor:
     """`salient_wgrad` of arguments that are known to fit."""
-    at_once = runs_at_once(dy)
+    if runs_at_once(dy):
+        return _at_once(dy, x, rows, axis, compact, out, accumulate)
     if out is None:
-        return (_run if at_once else torch.ops.longact.salient_wgrad.default)(dy, x, rows, axis, compact)
-    write = _write if at_once else torch.ops.longact.salient_wgrad_.default
-    write(out, dy, x, rows, axis, compact, accumulate)
+        return torch.ops.longact.salient_wgrad(dy, x, rows, axis, compact)
+    torch.ops.longact.salient_wgrad_(out, dy, x, rows, axis, compact, accumulate)
     return out
 
 
@@ -109,7 +109,7 @@ library.define(
 
 @torch.library.impl(library, "salient_wgrad", "CompositeExplicitAutograd")
 def _run(dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool) -> Tensor:
-    return _implementation(dy)(dy, x, rows, axis, compact, None, False)
+    return _at_once(dy, x, rows, axis, compact, None, False)
 
 
 @torch.library.register_fake("longact::salient_wgrad")
@@ -122,8 +122,7 @@ def _(dy, x, rows, axis, compact):
 
 @torch.library.impl(library, "salient_wgrad_", "CompositeExplicitAutograd")
 def _write(out: Tensor, dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, accumulate: bool) -> None:
-    _implementation(dy)(dy, x, rows, axis, compact, out, accumulate)
-    torch.autograd.graph.increment_version(out)
+    _at_once(dy, x, rows, axis, compact, out, accumulate)
 
 
 @torch.library.register_fake("longact::salient_wgrad_")
@@ -131,63 +130,84 @@ def _(out, dy, x, rows, axis, compact, accumulate):
     return None
 
 
-def _implementation(dy: Tensor) -> Callable[..., Tensor]:
-    return _reference if dy.dtype not in _FLOATS else implementation("salient_wgrad", dy, _kernels, _reference)
+def _at_once(
+    dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool
+) -> Tensor:
+    run = implementation("salient_wgrad", dy, _kernels, _reference) if dy.dtype in _FLOATS else _reference
+    dw = run(dy, x, rows, axis, compact, out, accumulate)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return dw
 
 
 def _kernels(
     dy: Tensor, x: Tensor, rows: Tensor, axis: str, compact: bool, out: Tensor | None, accumulate: bool
 ) -> Tensor:
-    kernels, (R, C), P, sizes, packing, scattering, config = _plan(
-        dy.shape, x.shape, rows.shape[0], dy.itemsize, axis, compact
-    )
+    source = x if axis == "columns" else dy
     fill = not accumulate and (compact or out is None)
-    if out is None:
-        out = dy.new_empty(R, C, dtype=torch.float32 if compact else dy.dtype)
-    if not scattering:
-        return out.zero_() if fill else out
-
-    left, right = dy, x
-    if P:
-        source = x if axis == "columns" else dy
-        source = source if source.stride(1) == 1 else source.contiguous()
-        packed = source.new_empty(source.shape[0], P)
-        if packing:
-            kernels.pack_kernel[packing](
-                source, rows, packed, *source.shape, sizes[0], P, source.stride(0), **kernels.PACK_CONFIG
-            )
-        left, right = (dy, packed) if axis == "columns" else (packed, x)
-    product = _product(left.t(), right, wide=compact or accumulate)
-    kernels.scatter_kernel[scattering](
-        product, rows, out, R, C, *sizes, product.stride(0), out.stride(0), ACCUMULATE=accumulate, FILL=fill, **config
-    )
-    return out
+    launch = _plan(dy.shape, x.shape, source.stride(), rows.shape[0], dy.dtype, axis, compact, accumulate, fill)
+    return launch(dy, x, rows, out)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(dy: torch.Size, x: torch.Size, S: int, itemsize: int, axis: str, compact: bool) -> tuple[Any, ...]:
-    """What is the same for all tensors of such shapes.
+def _plan(
+    dy: torch.Size,
+    x: torch.Size,
+    strides: tuple[int, int],
+    S: int,
+    dtype: torch.dtype,
+    axis: str,
+    compact: bool,
+    accumulate: bool,
+    fill: bool,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """The launches for tensors of such shapes.
 
-    Returns:
-        The kernels; the shape of the result; how many channels are packed, 0 for none; S, channels and the bits of S;
-        the grids that pack and write, None where there is nothing to do; and the options of the latter.
+    Args:
+        dy, x, S, dtype: shapes, size of the set, and dtype.
+        strides: of the one that has the channels.
+        axis, compact, accumulate: as of `salient_wgrad`.
+        fill: whether lines outside the set are set to zero.
     """
     kernels = device_code("salient_wgrad")
     (M, N), K, columns = dy, x[1], axis == "columns"
     channels, other = (K, N) if columns else (N, K)
-    shape = (N, K) if not compact else (N, S) if columns else (S, K)
+    R, C = (N, K) if not compact else (N, S) if columns else (S, K)
+    out_dtype = torch.float32 if compact else dtype
     # A multiple of 16 channels keeps every access aligned, whatever the size of the set.
     P = -(-S // 16) * 16
-    packs = kernels.pays(M, channels, P, other, itemsize)
+    packs = kernels.pays(M, channels, P, other, dtype.itemsize)
     pack, scatter = kernels.PACK_CONFIG, kernels.SCATTER_CONFIG[axis]
-    packing = (-(-M // pack["BLOCK_M"]) * -(-P // pack["BLOCK_S"]),) if M else None
-    scattering = kernels.scatter_grid(*shape, columns, scatter["BLOCK_C"]) if N and K and S else None
-    config = dict(COLUMNS=columns, COMPACT=compact, WHOLE=not packs, **scatter)
-    return kernels, shape, P if packs else 0, (S, channels, S.bit_length()), packing, scattering, config
+    packing = (-(-M // pack["BLOCK_M"]) * -(-P // pack["BLOCK_S"]),)
+    scattering = kernels.scatter_grid(R, C, columns, scatter["BLOCK_C"])
+    gaps = strides[1] != 1
+    sizes = M, channels, S, P, channels if gaps else strides[0]
+    lines = R, C, S, channels, S.bit_length(), P if packs and columns else K
+    options = dict(COLUMNS=columns, COMPACT=compact, WHOLE=not packs, ACCUMULATE=accumulate, FILL=fill, **scatter)
+    wide = (compact or accumulate) and dtype != torch.float32 and not torch.version.hip
+
+    def nothing(dy, x, rows, out):
+        out = dy.new_empty(R, C, dtype=out_dtype) if out is None else out
+        return out.zero_() if fill else out
+
+    def launch(dy, x, rows, out):
+        if out is None:
+            out = dy.new_empty(R, C, dtype=out_dtype)
+        left, right = dy, x
+        if packs:
+            source = x if columns else dy
+            packed = source.new_empty(M, P)
+            if M:
+                source = source.contiguous() if gaps else source
+                kernels.pack_kernel[packing](source, rows, packed, *sizes, **pack)
+            left, right = (dy, packed) if columns else (packed, x)
+        product = _product(left.t(), right) if wide else torch.mm(left.t(), right)
+        kernels.scatter_kernel[scattering](product, rows, out, *lines, out.stride(0), **options)
+        return out
+
+    return launch if N and K and S else nothing
 
 
-def _product(left: Tensor, right: Tensor, wide: bool) -> Tensor:
-    """`left @ right`; if `wide`, in fp32 where the library gives it."""
-    if wide and left.is_cuda and not torch.version.hip and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in fp32, where the library gives it."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else torch.mm(left, right)

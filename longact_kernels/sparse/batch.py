@@ -57,14 +57,12 @@ class Pass:
             reached = [p for p in self._without if p.grad is not None]
             self.witness = min(reached, key=lambda p: (id(p) not in self.block, p.numel()), default=None)
             self._without = []
-        if self.witness is not None:
-            grad = self.witness.grad
-            if grad is None:  # it trains no more
-                self.witness = self.version = None
-            else:
-                self.version, self.told = grad._version, False
-                return grad if 0 < grad.numel() < SMALL else None
-        return None
+        grad = None if self.witness is None else self.witness.grad
+        if grad is None:  # it trains no more
+            self.witness = self.version = None
+            return None
+        self.version, self.told = grad._version, False
+        return grad if 0 < grad.numel() < SMALL else None
 
     def zeroed(self, begins: bool) -> bool:
         """Whether somebody has zeroed the layer's gradients without telling us.

@@ -308,7 +308,7 @@ class LongAct:
             self._statistics.drop(part)
         if everything or not self.batch.present:
             self._chosen.take_back()
-            self.batch.clear()
+            self.batch.task = -1
             self._masked = False
             self.numbers.begin()
             if self.compact is not None:

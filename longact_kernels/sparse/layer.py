@@ -26,7 +26,11 @@ class SalientLayer(nn.Module):
         salient = self.salient
         if salient is None:
             return super().forward(x)
-        weight, bias = self.weight, self.bias
+        own: dict[str, Any] = self._parameters
+        try:  # as attributes, nn.Module looks for each elsewhere first, which takes a microsecond
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
         if not (self.training and torch.is_grad_enabled() and weight.requires_grad):
             # A block that reentrant checkpointing will repeat runs without gradients.
             salient.call.unrecorded |= self.training and not torch.is_grad_enabled()
@@ -45,13 +49,14 @@ class SalientLayer(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         stats = salient.stats
-        counted: tuple = ()
+        l2 = mask = bounds = None
         if stats is not None and (tokens := salient.call.tokens_now()) is not None:
             l2 = stats.l2
-            counted = (l2, None, None) if salient.routed else (l2, *tokens.of(x, l2, salient.name))
+            if not salient.routed:
+                mask, bounds = tokens.of(x, l2, salient.name)
         if not plain and is_sharded(weight):
-            return project_part(x, weight, bias, salient, *counted)
-        return project(x, weight, bias, salient, *counted)
+            return project_part(x, weight, bias, salient, l2, mask, bounds)
+        return project(x, weight, bias, salient, l2, mask, bounds)
 
 
 class SalientLinear(SalientLayer, nn.Linear):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from longact_kernels.functional import Axis
 from longact_kernels.sparse.batch import Batch, Pass
@@ -89,20 +90,20 @@ class SalientSet:
 
     def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
         """Called by the layer's backward: takes the statistics in; returns the channels to compute, None for all."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             written = [self.token] if self.grad is None else [self.token, self.grad]
             index = torch.ops.longact.begin(self.key, self.size, measured, written)
             return index if self.active else None
-        ends = self.batch.enter(self.passes)
-        if measured and self.stats is not None:
-            (self.stats.merge_at_end if ends else self.stats.merge_)(*measured)
+        ends, stats = self.batch.enter(self.passes), self.stats
+        if measured and stats is not None:
+            (stats.merge_at_end if ends else stats.merge_)(*measured)
         return self.index if self.active else None
 
     def accumulator(self) -> tuple[Tensor, bool] | None:
         """Where the set's gradient goes, and whether it is added to what is there; None: to the weight's own."""
         if self.grad is None:
             return None
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.grad, True
         add, self.has_grad = self.has_grad, True
         return self.grad, add

@@ -98,7 +98,7 @@ class Running:
 
     def __init__(self, statistics: Statistics, kept: Mapping[str, Tensor]):
         self.statistics, self.kept = statistics, kept
-        self.l2 = statistics.statistic.l2
+        self.l2, self.waiting = statistics.statistic.l2, statistics.waiting
 
     def merge_(self, absmax: Tensor, sumsq: Tensor) -> None:
         self.merge_at_end(absmax, sumsq)
@@ -106,7 +106,7 @@ class Running:
 
     def merge_at_end(self, absmax: Tensor, sumsq: Tensor) -> None:
         """`merge_`, with what other segments measure in the same backward pass: a few operations serve all layers."""
-        self.statistics.waiting.append((self.kept, absmax, sumsq))
+        self.waiting.append((self.kept, absmax, sumsq))
 
 
 class Measured:

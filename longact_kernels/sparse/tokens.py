@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 
 from longact_kernels.sparse.sharding import Ranks
@@ -38,6 +39,7 @@ class Tokens:
         rows_only: bool = False,
     ):
         self.mask, self.positions, self.cu_seqlens, self.rows_only = mask, positions, cu_seqlens, rows_only
+        self.silent = mask is None and positions is None and cu_seqlens is None
 
     def of(self, x: Tensor, l2: bool, name: str = "") -> tuple[Tensor | None, Tensor | None]:
         """The mask and the bounds of sequences of an activation [..., T, N], for `channel_stats`.
@@ -51,6 +53,8 @@ class Tokens:
         Raises:
             ValueError: if the activation has other tokens than the call.
         """
+        if self.silent:
+            return None, None
         mask = None if self.mask is None else self._fit(self.mask, x, name, "attention_mask")
         if l2 and self.rows_only:
             raise ValueError(
@@ -133,7 +137,7 @@ class Call:
 
     def tokens_now(self) -> Tokens | None:
         """The tokens of the activation that is being made; None: it is not to be measured (again)."""
-        if torch.compiler.is_compiling() or self.depth or torch._C._current_graph_task_id() == -1:
+        if self.depth or is_compiling() or torch._C._current_graph_task_id() == -1:
             return self.tokens
         # Inside backward, checkpointing repeats a block. The reentrant kind measures it now, for the call that left a
         # mark on its node; the other kind has measured it.

@@ -66,6 +66,21 @@ def test_weight_gradient_is_the_dense_one_on_the_set_and_zero_elsewhere(dtype):
     assert not weight.grad[outside].any() and weight.grad.shape == weight.shape
 
 
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_that_comes_as_a_negated_view(axis, transposed):
+    torch.manual_seed(0)
+    x, weight, dy = torch.randn(5, 8), torch.randn(8, 8, requires_grad=True), torch.randn(5, 8)
+    rows = torch.tensor([1, 4, 6])
+    y = salient_linear(x, weight, rows=rows, axis=axis, transposed=transposed)
+    y.backward((-dy)._neg_view())
+    whole = x.T @ dy if transposed else dy.T @ x
+    wanted = torch.zeros_like(whole)
+    place = rows if (axis == "rows") != transposed else (slice(None), rows)
+    wanted[place] = whole[place]
+    torch.testing.assert_close(weight.grad, wanted)
+
+
 def test_gradcheck():
     x, weight, bias, _ = linear_case(torch.float64)
     assert torch.autograd.gradcheck(lambda *args: salient_linear(*args), (x, weight, bias))
