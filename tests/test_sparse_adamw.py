@@ -18,7 +18,7 @@ from longact_kernels.reference.sparse_adamw import sparse_adamw_ as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-examples = settings(max_examples=25 if INTERPRETED else 80, deadline=None, derandomize=True)
+examples = settings(max_examples=25 if INTERPRETED else 80, deadline=None)
 BETA1, BETA2, EPS, DECAY, LR = 0.9, 0.999, 1e-8, 0.1, 1e-2
 
 
