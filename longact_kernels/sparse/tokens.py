@@ -40,6 +40,7 @@ class Tokens:
     ):
         self.mask, self.positions, self.cu_seqlens, self.rows_only = mask, positions, cu_seqlens, rows_only
         self.silent = mask is None and positions is None and cu_seqlens is None
+        self._bounds: dict[torch.Size, Tensor] = {}
 
     def of(self, x: Tensor, l2: bool, name: str = "") -> tuple[Tensor | None, Tensor | None]:
         """The mask and the bounds of sequences of an activation [..., T, N], for `channel_stats`.
@@ -65,17 +66,25 @@ class Tokens:
         if bounds is not None:
             _check_bounds(bounds, x.shape[:-1].numel(), name)
         if bounds is None and l2 and self.positions is not None:
-            positions = self._fit(self.positions, x, name, "position_ids")
-            begins = torch.ones_like(positions, dtype=torch.bool)
-            before, after = positions[..., :-1], positions[..., 1:]
-            # Positions may stay, as grouped ones do; after a sequence of one token, zero follows zero.
-            begins[..., 1:] = (after < before) | ((after == 0) & (before == 0))
-            begins = begins.flatten()
-            begins[:: x.shape[-2] if x.ndim > 2 else self.positions.shape[1]] = True
-            bounds = torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
+            # How many sequences there are, the host waits for: once a call, not in every layer.
+            bounds = self._bounds.get(x.shape[:-1])
+            if bounds is None:
+                bounds = self._begins(x, self._fit(self.positions, x, name, "position_ids"))
+                if not torch.compiler.is_compiling():
+                    self._bounds[x.shape[:-1]] = bounds
         if bounds is None and l2 and mask is not None and mask.ndim == 1 and self.mask is not None:
             bounds = torch.arange(0, len(mask) + 1, self.mask.shape[1], device=mask.device)  # rows, one behind another
         return (mask if mask is None or bounds is None else mask.flatten()), bounds
+
+    def _begins(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The bounds of the sequences that positions of an activation's tokens tell apart."""
+        begins = torch.ones_like(positions, dtype=torch.bool)
+        before, after = positions[..., :-1], positions[..., 1:]
+        # Positions may stay, as grouped ones do; after a sequence of one token, zero follows zero.
+        begins[..., 1:] = (after < before) | ((after == 0) & (before == 0))
+        begins = begins.flatten()
+        begins[:: x.shape[-2] if x.ndim > 2 else self.positions.shape[1]] = True
+        return torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
 
     @staticmethod
     def _fit(told: Tensor, x: Tensor, name: str, what: str) -> Tensor:

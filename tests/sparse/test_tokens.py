@@ -50,6 +50,17 @@ def test_packed_sequences_by_their_positions_and_by_their_bounds():
     assert taken(two, position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]), l2=False)[1] is None
 
 
+def test_the_layers_of_a_call_share_the_bounds_of_its_sequences():
+    tokens = Tokens(positions=torch.tensor([[0, 1, 0, 1, 2, 0]]))
+    wide, flat = torch.ones(1, 6, 4), torch.ones(6, 4)
+    first, second = tokens.of(wide, True)[1], tokens.of(wide + 1, True)[1]
+    assert second is first and first.tolist() == [0, 2, 5, 6], "on a GPU, each layer would wait for the device"
+    assert tokens.of(flat, True)[1].tolist() == [0, 2, 5, 6] and tokens.of(wide, False)[1] is None
+    # Another number of tokens has bounds of its own: what comes behind cached keys.
+    assert tokens.of(wide[:, :4], True)[1].tolist() == [0, 3, 4]
+    assert Tokens(positions=torch.tensor([[0, 1, 2, 0, 1, 2]])).of(wide, True)[1].tolist() == [0, 3, 6]
+
+
 @pytest.mark.parametrize(
     ("ids", "positions", "counted"),
     [
