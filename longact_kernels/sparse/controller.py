@@ -563,7 +563,15 @@ class LongAct:
         """Ends a step that you took without an optimizer, and refreshes the sets on schedule.
 
         Call `mask_gradients()` first, and then update the weights.
+
+        Raises:
+            RuntimeError: there are compact gradients, which such a step does not see.
         """
+        if self.compact is not None and not self._stepped and self.compact.present():
+            raise RuntimeError(
+                "grad: 'compact' keeps the gradients of salient weights out of `.grad`, so a step by hand leaves them "
+                "out; step with SalientAdamW, or use grad='full'"
+            )
         self.batch.unseen = None
         self.end_step(None, self.numbers.bad)
         self.settle()

@@ -76,7 +76,7 @@ def find_projections(model: nn.Module, target_modules: TargetModules | None = No
         attention, _, name = path.rpartition(".")
         if (inner := getattr(module, "linear", None)) is not None and isinstance(inner, nn.Linear):
             path, module = f"{path}.linear", inner
-        transposed = _check_plain(path, module)
+        transposed = _check_plain(path, module, "model" if target_modules in (None, ALL_LINEAR) else "target_modules")
         N = module.get_parameter("weight").shape[1 if transposed else 0]
         if ranges is None:
             heads = heads_of(path, name, AttentionSizes(parent, config), N)
@@ -145,7 +145,15 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, path) is not None
     if callable(target_modules):
-        return target_modules(path, module)
+        match = target_modules(path, module)
+        ranges = list(match) if isinstance(match, (list, tuple)) else []
+        are_ranges = bool(ranges) and all(isinstance(one, (list, tuple)) and len(one) == 3 for one in ranges)
+        if match is not None and not isinstance(match, bool) and not are_ranges:
+            raise ValueError(
+                f"target_modules: the function gave {match!r} for {path!r}; needed a list of (start, stop, head size), "
+                "or None for a module that stays as it is"
+            )
+        return match
     return any(path == end or path.endswith(f".{end}") for end in target_modules)
 
 
@@ -214,8 +222,9 @@ def _is_product(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
 
 
-def _check_plain(path: str, module: nn.Module) -> bool:
-    """Raises where a layer cannot be trained row by row; returns whether its weight is stored [in, out]."""
+def _check_plain(path: str, module: nn.Module, argument: str) -> bool:
+    """Raises, by the argument that took it, where a layer cannot be trained row by row; returns whether its weight is
+    stored [in, out]."""
     if getattr(module, "salient", None) is not None:
         raise ValueError(
             f"model: {path} is a {type(module).__name__} already; call restore() on the LongAct that swapped it in"
@@ -230,8 +239,8 @@ def _check_plain(path: str, module: nn.Module) -> bool:
     transposed = _is_conv1d(module)
     if not transposed and not _is_product(module):
         raise ValueError(
-            f"model: {path} is a {kind}; needed a plain torch.nn.Linear. If the model is quantised, load it in "
-            "bfloat16 or float32 instead"
+            f"{argument}: {path or 'the whole model'} is a {kind}; needed a plain torch.nn.Linear. If the model is "
+            "quantised, load it in bfloat16 or float32 instead"
         )
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(

@@ -69,21 +69,23 @@ class Tokens:
             # How many sequences there are, the host waits for: once a call, not in every layer.
             bounds = self._bounds.get(x.shape[:-1])
             if bounds is None:
-                bounds = self._begins(x, self._fit(self.positions, x, name, "position_ids"))
+                bounds = self._begins(self.positions, x, name)
                 if not torch.compiler.is_compiling():
                     self._bounds[x.shape[:-1]] = bounds
         if bounds is None and l2 and mask is not None and mask.ndim == 1 and self.mask is not None:
             bounds = torch.arange(0, len(mask) + 1, self.mask.shape[1], device=mask.device)  # rows, one behind another
         return (mask if mask is None or bounds is None else mask.flatten()), bounds
 
-    def _begins(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The bounds of the sequences that positions of an activation's tokens tell apart."""
+    @staticmethod
+    def _begins(told: Tensor, x: Tensor, name: str) -> Tensor:
+        """The bounds of the sequences that positions tell apart, for an activation."""
+        positions = Tokens._fit(told, x, name, "position_ids")
         begins = torch.ones_like(positions, dtype=torch.bool)
         before, after = positions[..., :-1], positions[..., 1:]
         # Positions may stay, as grouped ones do; after a sequence of one token, zero follows zero.
         begins[..., 1:] = (after < before) | ((after == 0) & (before == 0))
         begins = begins.flatten()
-        begins[:: x.shape[-2] if x.ndim > 2 else self.positions.shape[1]] = True
+        begins[:: x.shape[-2] if x.ndim > 2 else told.shape[1]] = True
         return torch.cat((begins.nonzero().flatten(), begins.new_tensor([len(begins)], dtype=torch.int64)))
 
     @staticmethod

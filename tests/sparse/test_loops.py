@@ -475,6 +475,22 @@ def test_a_checkpoint_loaded_before_the_first_step_is_no_step():
     assert_same_weights(model, expected[0])
 
 
+def test_a_step_by_hand_with_compact_gradients_is_an_error():
+    model = tiny_model()
+    longact = LongAct(model, grad="compact")
+    optimizer = SalientAdamW(model.parameters(), lr=1e-3, longact=longact)
+    for seed in range(2):
+        backward(model, tokens(seed=seed))
+        optimizer.step()
+        optimizer.zero_grad()
+    backward(model, tokens(seed=2))
+    longact.mask_gradients()
+    with pytest.raises(RuntimeError, match=r"^grad: 'compact' .* use grad='full'"):
+        longact.advance()
+    optimizer.step()  # nothing was lost
+    assert longact.steps == 3
+
+
 def test_steps_by_hand_between_masking_and_advancing():
     model = tiny_model()
     longact = LongAct(model)

@@ -113,15 +113,23 @@ def test_ranges_that_do_not_fit_are_an_error(ranges):
         find_projections(tiny_model(), lambda path, module: ranges if path.endswith("q_proj") else None)
 
 
-def test_target_modules_that_match_nothing_or_no_linear_layer():
+@pytest.mark.parametrize("given", ["q", [], {}, [1, 2, 3], [(0, 8)], 4])
+def test_a_function_of_target_modules_that_gives_no_ranges_is_named(given):
+    with pytest.raises(ValueError, match=r"^target_modules: the function gave .* for '.*q_proj'; needed a list of"):
+        LongAct(tiny_model(), target_modules=lambda path, module: given if path.endswith("q_proj") else None)
+
+
+@pytest.mark.parametrize("names", [["self_attn"], ["mlp"], ["embed_tokens"], r"", lambda path, module: path == ""])
+def test_target_modules_that_are_no_linear_layers_are_named(names):
+    with pytest.raises(ValueError, match=r"^target_modules: .* is a .*; needed a plain torch.nn.Linear"):
+        LongAct(tiny_model(), target_modules=names)
+
+
+def test_target_modules_that_match_nothing():
     with pytest.raises(
         ValueError, match=r"^target_modules: got \['query'\], which matches no layer of LlamaFor.* k_proj"
     ):
         find_projections(tiny_model(), ["query"])
-    with pytest.raises(
-        ValueError, match=r"^model: model.layers.0.self_attn is a .*Attention; needed a plain torch.nn.Lin"
-    ):
-        find_projections(tiny_model(), ["self_attn"])
 
 
 def test_a_vision_tower_stays_dense():
