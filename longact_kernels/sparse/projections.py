@@ -146,14 +146,18 @@ def _match(target_modules: TargetModules, path: str, module: nn.Module) -> Range
         return re.fullmatch(target_modules, path) is not None
     if callable(target_modules):
         match = target_modules(path, module)
-        ranges = list(match) if isinstance(match, (list, tuple)) else []
-        are_ranges = bool(ranges) and all(isinstance(one, (list, tuple)) and len(one) == 3 for one in ranges)
-        if match is not None and not isinstance(match, bool) and not are_ranges:
+        if match is None or isinstance(match, bool):
+            return match
+        try:
+            ranges = [(start, stop, size) for start, stop, size in match]
+        except (TypeError, ValueError):
+            ranges = []
+        if not ranges:
             raise ValueError(
                 f"target_modules: the function gave {match!r} for {path!r}; needed a list of (start, stop, head size), "
                 "or None for a module that stays as it is"
             )
-        return match
+        return ranges
     return any(path == end or path.endswith(f".{end}") for end in target_modules)
 
 

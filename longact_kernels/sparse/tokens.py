@@ -70,7 +70,7 @@ class Tokens:
             bounds = self._bounds.get(x.shape[:-1])
             if bounds is None:
                 bounds = self._begins(self.positions, x, name)
-                if not torch.compiler.is_compiling():
+                if not is_compiling():
                     self._bounds[x.shape[:-1]] = bounds
         if bounds is None and l2 and mask is not None and mask.ndim == 1 and self.mask is not None:
             bounds = torch.arange(0, len(mask) + 1, self.mask.shape[1], device=mask.device)  # rows, one behind another
@@ -113,7 +113,7 @@ def _check_bounds(bounds: Any, tokens: int, name: str) -> None:
     if not isinstance(bounds, Tensor) or bounds.ndim != 1 or bounds.dtype not in (torch.int32, torch.int64):
         kind = f"{bounds.dtype} {list(bounds.shape)}" if isinstance(bounds, Tensor) else type(bounds).__name__
         raise ValueError(f"cu_seq_lens_q: got {kind}, needed an int32 or int64 tensor [sequences + 1]")
-    if bounds.is_cpu and not torch.compiler.is_compiling() and len(bounds) and bounds[-1] > tokens:
+    if bounds.is_cpu and not is_compiling() and len(bounds) and bounds[-1] > tokens:
         raise ValueError(
             f"cu_seq_lens_q: tells of {int(bounds[-1])} tokens, but {name or 'the layer'} has an activation of "
             f"{tokens}; leave such a layer out with target_modules, or pass bounds that fit"
@@ -181,7 +181,7 @@ class TellingForward:
         call = self.call
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
-        if call.depth == 0 and not torch.compiler.is_compiling():
+        if call.depth == 0 and not is_compiling():
             call.begin()
         outer = call.tokens
         # Names by place, and not inspect.Signature.bind: torch.compile follows it.
@@ -196,7 +196,7 @@ class TellingForward:
             if call.unrecorded:
                 call.unrecorded = False
                 _mark(outputs, call.tokens)
-            if call.depth == 1 and not torch.compiler.is_compiling():
+            if call.depth == 1 and not is_compiling():
                 call.count_idle(outputs)
         finally:
             call.depth -= 1
@@ -213,7 +213,7 @@ class TellingAttention:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.call
-        if call.depth or not module.training or torch.compiler.is_compiling():
+        if call.depth or not module.training or is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:
             call.by_hand = True

@@ -119,6 +119,14 @@ def test_a_function_of_target_modules_that_gives_no_ranges_is_named(given):
         LongAct(tiny_model(), target_modules=lambda path, module: given if path.endswith("q_proj") else None)
 
 
+def test_a_function_of_target_modules_may_give_any_iterable_of_ranges():
+    def heads(ranges):
+        found = find_projections(tiny_model(), lambda path, module: ranges() if path.endswith("q_proj") else None)
+        return [projection.heads for projection in found]
+
+    assert heads(lambda: iter([(0, 8, 8)])) == heads(lambda: ([0, 8, 8],)) == heads(lambda: [(0, 8, 8)])
+
+
 @pytest.mark.parametrize("names", [["self_attn"], ["mlp"], ["embed_tokens"], r"", lambda path, module: path == ""])
 def test_target_modules_that_are_no_linear_layers_are_named(names):
     with pytest.raises(ValueError, match=r"^target_modules: .* is a .*; needed a plain torch.nn.Linear"):
