@@ -15,9 +15,9 @@ from torch.optim.adamw import AdamW, adamw
 from longact_kernels.functional import Axis
 from longact_kernels.ops.dispatch import runs_triton
 from longact_kernels.ops.sparse_adamw import AdamWPlan, check_number, check_scalar
-from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State, params_of
+from longact_kernels.optim.base import HALF, Entry, SalientOptimizer, State
 from longact_kernels.sparse.controller import LongAct
-from longact_kernels.sparse.registry import salient_weights
+from longact_kernels.sparse.registry import params_of, salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import local
 from longact_kernels.warning import LongActWarning

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -20,7 +20,7 @@ from longact_kernels.sparse import finite, gradients
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
 from longact_kernels.sparse.registry import controllers as all_controllers
-from longact_kernels.sparse.registry import salient_weights
+from longact_kernels.sparse.registry import ids_of, params_of, salient_weights
 from longact_kernels.sparse.salient_set import SalientSet
 from longact_kernels.sparse.sharding import LocalSets, assembled, bounds, is_sharded, local, spread, zeros_by_channel
 
@@ -162,7 +162,7 @@ class SalientOptimizer(Optimizer, ABC):
 
     def _check_beside(self) -> None:
         """Raises RuntimeError if no parameter is of a model that LongAct is on: all would train densely."""
-        ids = {id(p) for p in params_of(self.param_groups)}
+        ids = ids_of(self)
         here = [longact for longact in all_controllers() if longact.layers]
         self.may_be_dense = any(id(p) in ids for longact in here for p in longact.model.parameters())
         if not self.may_be_dense:
@@ -177,7 +177,7 @@ class SalientOptimizer(Optimizer, ABC):
         """As of any optimizer; clears compact gradients too."""
         super().zero_grad(set_to_none)
         salient = salient_weights()
-        ids = {id(p) for p in params_of(self.param_groups)}
+        ids = ids_of(self)
         for longact in self._controllers(salient):
             longact.zero_grad(ids)
 
@@ -598,11 +598,6 @@ class _Work(NamedTuple):
     @property
     def grads(self) -> list[Tensor]:
         return [*(p.grad for p in self.plain + self.whole), *(grad for _, grad, _ in self.sparse)]
-
-
-def params_of(groups: list[dict[str, Any]]) -> Iterator[Any]:
-    for group in groups:
-        yield from group["params"]
 
 
 def _taken(held: Tensor, slots: Tensor, dim: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from longact_kernels.sparse import checks, finite
 from longact_kernels.sparse.controller import LongAct
 from longact_kernels.sparse.layer import SalientLayer
+from longact_kernels.sparse.registry import params_of
 from longact_kernels.sparse.sharding import local
 
 
@@ -27,7 +28,7 @@ def check_form(state_dict: Any) -> None:
             f"load_state_dict: got a {type(state_dict).__name__} without a 'state' of dicts and 'param_groups' with "
             "'params'; needed what an optimizer's state_dict() gave"
         )
-    if strange := state.keys() - {i for group in parts["param_groups"] for i in group["params"]}:
+    if strange := state.keys() - set(params_of(parts["param_groups"])):
         raise ValueError(
             f"load_state_dict: state {min(map(repr, strange))} is of no parameter in 'param_groups', and would be "
             "lost; needed the keys as they were saved (JSON makes strings of numbers)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +31,15 @@ def salient_weights() -> dict[int, tuple[Any, SalientLayer]]:
     return {id(layer.weight): (longact, layer) for longact in controllers() for layer in longact.layers.values()}
 
 
+def params_of(groups: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """The parameters of an optimizer's groups in order, or what stands for them in a state dict."""
+    for group in groups:
+        yield from group["params"]
+
+
 def ids_of(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of the parameters that an optimizer holds."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {id(p) for p in params_of(optimizer.param_groups)}
 
 
 def _refuse_strangers(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
