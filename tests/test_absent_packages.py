@@ -58,9 +58,21 @@ def test_the_library_needs_torch_alone():
     ("absent", "words", "message"),
     [
         ("trl", ["train"], "trl is not installed; run pip install 'transformers>="),
-        ("transformers", ["train"], "transformers is not installed; run pip install 'transformers>="),
-        ("rich", ["train"], "rich is not installed; run pip install 'transformers>="),
-        ("accelerate", ["train"], "accelerate is not installed; run pip install 'transformers>="),
+        pytest.param(
+            "transformers",
+            ["train"],
+            "transformers is not installed; run pip install 'transformers>=",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "rich", ["train"], "rich is not installed; run pip install 'transformers>=", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "accelerate",
+            ["train"],
+            "accelerate is not installed; run pip install 'transformers>=",
+            marks=pytest.mark.slow,
+        ),
         ("yaml", ["train"], "yaml is not installed; run pip install 'transformers>="),
         ("rich", ["kernels"], "rich is not installed; run pip install 'transformers>="),
         ("triton", ["kernels"], "triton is not installed; run pip install triton"),
