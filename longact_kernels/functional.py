@@ -122,16 +122,20 @@ class Target(Protocol):
 
     Attributes:
         axis, transposed: as in `salient_linear`.
+        grad: the accumulator of a compact gradient; None for the weight's own gradient.
+        returned: address and version of the masked gradient that backward has returned last.
     """
 
     axis: Axis
     transposed: bool
+    grad: Tensor | None
+    returned: tuple[int, int] | None
 
     def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
         """Takes the statistics of the activation, when its gradient comes; returns the set, None for every channel."""
 
-    def accumulator(self) -> tuple[Tensor, bool] | None:
-        """What a compact gradient is written to, and whether it is added; None for the weight's own gradient."""
+    def accumulator(self) -> tuple[Tensor, bool]:
+        """What a compact gradient is written to, and whether it is added to what is there."""
 
 
 class _Given:
@@ -146,7 +150,7 @@ class _Given:
         return self.index
 
     def accumulator(self):
-        return None if self.grad is None else (self.grad, True)
+        return self.grad, True
 
 
 def reaches(node: Any) -> bool:
@@ -155,6 +159,17 @@ def reaches(node: Any) -> bool:
         return node is None or torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for
         return True
+
+
+def captured(node: Any) -> bool:
+    """Whether the backward under way is `torch.autograd.grad` of what a node leads to: who called it gets that."""
+    while node.next_functions and node.next_functions[0][0] is not None:  # autocast has cast the weight
+        node = node.next_functions[0][0]
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return True
+    return False
 
 
 class _Project(torch.autograd.Function):
@@ -210,10 +225,12 @@ class _Project(torch.autograd.Function):
                 if transposed:
                     # A weight stored [K, N] is that of the swapped product, its other dimension along the set.
                     left, right, along = right, left, "columns" if along == "rows" else "rows"
-                if (into := target.accumulator()) is None:
+                if target.grad is None or (not is_compiling() and captured(ctx.next_functions[1][0])):
                     dw = multiply(left, right, index, along)
+                    if not is_compiling():
+                        target.returned = dw.data_ptr(), dw._version
                 else:
-                    multiply(left, right, index, along, True, *into)
+                    multiply(left, right, index, along, True, *target.accumulator())
         if needs[2]:
             db = dy2.sum(0)
         return dx, dw, db, None, None, None, None
@@ -283,7 +300,8 @@ def salient_linear(
         axis: "rows": the set has output channels; "columns": input channels.
         transposed: `weight` and its gradient are stored as [K, N]; a row is still an output channel.
         grad: fp32 accumulator for the gradient of the salient channels, [S, K] ([N, S] along columns; both transposed
-            if the weight is). Backward adds to it, and `weight` gets no gradient. Needs `rows`.
+            if the weight is). Backward adds to it, and `weight` gets no gradient; only `torch.autograd.grad` of the
+            weight returns one instead. Needs `rows`.
 
     Returns:
         y [..., T, N].

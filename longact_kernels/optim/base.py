@@ -142,7 +142,7 @@ class SalientOptimizer(Optimizer, ABC):
         for longact in controllers:
             if longact.compact is not None:
                 longact.compact.check_untouched()
-            longact.mask_gradients()
+            longact.prepare_step()
         self._find_local_sets(salient)
         work = [self._split(group, salient) for group in self.param_groups]
         grad_scale, found_inf = self._scaling(controllers, [grad for one in work for grad in one.grads])

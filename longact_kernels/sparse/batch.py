@@ -92,13 +92,11 @@ class Pass:
         return grad is None or not grad.any()
 
     def __getstate__(self) -> dict:
-        # Copies are made between steps.
         return {
             **self.__dict__,
             "weight": None,
             "own": None,
             "block": frozenset(),
-            "came": False,
             "witness": None,
             "version": None,
         }

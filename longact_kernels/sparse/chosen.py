@@ -124,7 +124,9 @@ class ChosenSets:
                 salient.chosen |= reached
 
     def save(self) -> None:
-        """Keeps what there is, for `take_back`."""
+        """Keeps what there is, for `take_back`, but for what has been kept and not forgotten since."""
+        if self._saved is not None:
+            return
         tensors = [getattr(self, name).clone() for name in _WRITTEN]
         self._saved = _Saved(tensors, [(salient.chosen, salient.active) for salient in self.sets])
 

@@ -34,7 +34,6 @@ class CompactGradients:
     def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer], ranks: Ranks):
         self.model, self.layers, self.ranks = model, layers, ranks
         self.flat: Flat | None = None
-        self.reduced = False  # whether they are those of all ranks
         self.clipped = False  # whether they were clipped along with all others
         self._shared = False
         ignored = [f"{name}.weight" for name in layers]
@@ -107,7 +106,7 @@ class CompactGradients:
 
     def begin_step(self) -> None:
         """Has backward put the gradients of sets into accumulators from now on."""
-        self.reduced = self.clipped = False
+        self.clipped = False
         held = {} if self.flat is None else self.flat.shapes
         trained = [name for name, layer in self.layers.items() if layer.weight.requires_grad]
         if any(layer.salient.chosen for layer in self.layers.values()) and not held.keys() >= {*trained}:
@@ -127,10 +126,9 @@ class CompactGradients:
         return [salient.grad for salient in sets if salient.grad is not None and salient.has_grad]
 
     def reduce(self) -> None:
-        """Averages the gradients of all ranks, once a step: those of weights that DistributedDataParallel ignores."""
-        if self.reduced or self.ranks.alone:
+        """Averages the gradients of all ranks: those of weights that DistributedDataParallel ignores."""
+        if self.ranks.alone:
             return
-        self.reduced = True
         grads = self._dense()
         sets = [layer.salient for layer in self.layers.values()]
         if self.flat is not None:
@@ -151,9 +149,12 @@ class CompactGradients:
             for salient, share in zip(sets, self.flat.parts[ANYWHERE].tolist(), strict=True):
                 salient.has_grad = share > 0
 
+    def _is_dense(self, layer: SalientLayer) -> bool:
+        return not layer.salient.active or (layer.salient.grad is None and layer.weight.requires_grad)
+
     def _dense(self) -> list[Tensor]:
         """The gradients of weights without a set, of which a rank may have none where others have one."""
-        layers = [layer for layer in self.layers.values() if not layer.salient.active]  # the same on all ranks
+        layers = [layer for layer in self.layers.values() if self._is_dense(layer)]  # the same on all ranks
         if not layers:
             return []
         anywhere = torch.tensor([float(layer.weight.grad is not None) for layer in layers])

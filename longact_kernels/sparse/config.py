@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -175,6 +176,10 @@ class LongActConfig:
             )
         if isinstance(target, str):
             _check_pattern("target_modules", target)
+        elif names and ALL_LINEAR in target:
+            raise ValueError(f"target_modules: {ALL_LINEAR!r} names all layers, not one of a list; pass it alone")
+        elif callable(target):
+            _check_function(target)
         if self.axis == "columns" and (self.scope == "head" or self.site != "projection" or self.pair_rope):
             raise ValueError(
                 "axis: 'columns' takes input channels, which have no heads, norms or rotary pairs; needed scope "
@@ -207,6 +212,17 @@ class LongActConfig:
                 f"{names[0]}, before any other that is"
             )
         return [self.density[p] for p in patterns]
+
+
+def _check_function(target: Any) -> None:
+    try:
+        inspect.signature(target).bind("path", None)
+    except TypeError as error:
+        raise ValueError(
+            f"target_modules: the function cannot be called with a path and a module ({error}); needed f(path, module)"
+        ) from None
+    except ValueError:  # of what is no Python, nothing is known
+        pass
 
 
 def _check_pattern(name: str, pattern: Any) -> None:

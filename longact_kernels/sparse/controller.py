@@ -89,7 +89,7 @@ class LongAct:
         self.ranks = Ranks(process_group)
         self.sequence_ranks = None if sequence_group is None else Ranks(sequence_group, "sequence_group")
         self.call = Call(self._call_begins, self.check_trains, self.sequence_ranks)
-        self.batch = Batch(self.settle, self._drop_zeroed, self._backward_ended)
+        self.batch = Batch(self._backward_begins, self._drop_zeroed, self._backward_ended)
         self.numbers = Numbers(config.nonfinite, model, self.ranks)
         self.compact: CompactGradients | None = None
 
@@ -106,6 +106,7 @@ class LongAct:
         self._stepped: list[weakref.ref] = []  # optimizers that have taken the step under way
         self._over = False  # whether they have all, since gradients have been zeroed
         self._masked = False  # whether its sets have been chosen, and its gradients masked
+        self._early = False  # whether that was so when another backward came
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -298,7 +299,7 @@ class LongAct:
         dropped = [layer.salient for layer in (self.layers.values() if layers is None else layers)]
         came = self._masked or any(salient.passes.came for salient in dropped)
         for salient in dropped:
-            salient.has_grad = False
+            salient.has_grad, salient.returned = False, None
             salient.passes.clear()
         everything = len(dropped) == len(self.layers)
         self._over = everything and bool(self._stepped)
@@ -309,10 +310,18 @@ class LongAct:
         if everything or not self.batch.present:
             self._chosen.take_back()
             self.batch.task = -1
-            self._masked = False
+            self._masked = self._early = False
             self.numbers.begin()
             if self.compact is not None:
-                self.compact.reduced = self.compact.clipped = False
+                self.compact.clipped = False
+
+    def _backward_begins(self) -> None:
+        self.settle()
+        if self.compact is not None:
+            self.compact.check_untouched()
+            self.compact.clipped = False
+        self._early |= self._masked
+        self._masked = False
 
     def _backward_ended(self) -> None:
         self._statistics.merge_waiting()
@@ -387,18 +396,36 @@ class LongAct:
             self.compact.check()
         self.check_trains()
 
-    @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zeroes gradient rows outside the set, if backward left them dense: in a first step, or with "current".
+        """Zeroes gradient rows outside the set: those of a first step, or with "current", which backward left dense,
+        and what has come to a weight's gradient by other paths than its layer.
 
-        It also averages compact gradients over the ranks. Call it after the last backward of a step and before gradient
-        clipping. `clip_grad_norm_`, `SalientAdamW.step()` and attached optimizers call it if you did not. A second call
-        in a step does nothing.
+        It also averages compact gradients over the ranks. Call it after a step's backward passes and before gradient
+        clipping; `clip_grad_norm_` does. It may be called after every backward: in a first step, or with "current", the
+        sets are chosen at the first call. With several ranks it must be called on all, also after the last backward.
 
         Raises:
             RuntimeError: if there is no set yet and nothing to choose it from.
             FloatingPointError: on a CPU, for NaN or Inf activations, if `nonfinite` is "error". The batch is dropped
                 from the statistics then.
+        """
+        if not self.ranks.alone:  # another rank may have had a backward since
+            self._masked = self._early = False
+        self.prepare_step()
+        self.mask_again()
+
+    def _refuse_early(self) -> None:
+        if self._early and not self._masked and not self.ranks.alone:
+            raise RuntimeError(
+                "LongAct: a backward came after clip_grad_norm_() or mask_gradients(); with several processes call it "
+                "once more after the last backward of a step, where all of them meet"
+            )
+
+    @torch.no_grad()
+    def prepare_step(self) -> None:
+        """Chooses sets that are to be chosen from this batch, masks those layers' gradients, and meets other ranks.
+
+        Optimizers call it. A second call does nothing, unless another backward has come. Raises as `mask_gradients`.
         """
         self._settle_device()
         if self._over:  # as a rank that was fed nothing has to know, which has had no backward to tell
@@ -406,6 +433,7 @@ class LongAct:
         self.batch.drop_zeroed()
         if self._masked or self._stepped:
             return
+        self._refuse_early()
         layers = list(self.layers.values())
         alone = self.ranks.alone  # else all of them meet here, whatever each was fed
         if alone and not self.batch.present and all(layer.weight.grad is None for layer in layers):
@@ -460,11 +488,18 @@ class LongAct:
         shares = [s.share for s in self._sets() for _ in range(s.segments.start, s.segments.stop)]
         self._statistics.join(self.ranks.all_reduce, shares)
 
-    def mask_again(self, ids: set[int]) -> None:
-        """Zeroes what has come to the gradients of some weights, given by id, since and lies outside the sets."""
-        outside = self._chosen.outside()
-        for layer in self.layers.values():
-            if layer.salient.chosen and id(layer.weight) in ids:
+    @torch.no_grad()
+    def mask_again(self, ids: set[int] | None = None) -> None:
+        """Zeroes what lies outside the sets of gradients that others than the layers' own backward have made.
+
+        Args:
+            ids: those of the weights; all if not given.
+        """
+        layers = [layer for layer in self.layers.values() if ids is None or id(layer.weight) in ids]
+        alone = self.ranks.alone  # else gradients have come from other ranks too
+        if dense := [own for own in layers if own.salient.chosen and not (alone and gradients.is_masked(own))]:
+            outside = self._chosen.outside()
+            for layer in dense:
                 gradients.mask_(layer, outside)
 
     def _raise_idle(self, what: str = "a step") -> None:
@@ -540,7 +575,7 @@ class LongAct:
         ids = None if optimizer is None else ids_of(optimizer)
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
-                layer.salient.has_grad = False  # a step uses a compact gradient up
+                layer.salient.has_grad, layer.salient.returned = False, None  # a step uses a compact gradient up
                 layer.salient.passes.weight = layer.weight  # another one may have been put in, with an optimizer
         if first and self.frozen:
             self._statistics.drop()
@@ -573,6 +608,7 @@ class LongAct:
                 "out; step with SalientAdamW, or use grad='full'"
             )
         self.batch.unseen = None
+        self._refuse_early()
         self.end_step(None, self.numbers.bad)
         self.settle()
 
@@ -592,7 +628,7 @@ class LongAct:
         self._stepped, self._over = [], False
         due = self._due
         self._steps += 1
-        self._masked = False
+        self._masked = self._early = False
         self.numbers.begin()
         if self.config.selection == "lagged" and due:
             self._choose_by_period()
@@ -627,9 +663,11 @@ class LongAct:
         """A model may have been moved, or copied, since."""
         if not self.layers:
             return
-        device = next(iter(self.layers.values())).weight.device
-        if self._chosen.device != device or not self._placed:
+        device, copied = next(iter(self.layers.values())).weight.device, not self._placed
+        if self._chosen.device != device or copied:
             self._place(device)
+        if copied:
+            self.drop()  # copies of parameters have no gradients
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer holds any of the salient weights."""
@@ -752,8 +790,20 @@ class LongAct:
         return figure
 
     def restore(self) -> nn.Module:
-        """Turns the salient layers into plain ones again, with the same parameters, and returns the model."""
+        """Turns the salient layers into plain ones again, with the same parameters, and returns the model.
+
+        Compact gradients are added to `.grad`, which they are no part of before.
+
+        Raises:
+            RuntimeError: if there are such, and other ranks' have not been averaged with them.
+        """
+        if self.compact is not None and self.compact.present() and not (self._masked or self.ranks.alone):
+            raise RuntimeError(
+                "restore: compact gradients are there, which have not been averaged over the processes; call "
+                "mask_gradients() on all of them before, or zero_grad() to drop the gradients"
+            )
         for layer in self.layers.values():
+            gradients.spill(layer)
             become_plain(layer)
         for undo in self._undo:
             undo()
@@ -812,7 +862,7 @@ class LongAct:
         self.batch.clear()
         self._statistics.drop(salient.segments)
         self._chosen.forget()
-        self._masked = False
+        self._masked = self._early = False
         self._steps = int(state["salient_steps"])
         active, _, chosen = map(bool, state["salient_flags"].tolist())
         salient.active, salient.chosen, salient.has_grad = active, chosen, False

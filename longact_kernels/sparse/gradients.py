@@ -6,15 +6,35 @@ import torch
 from torch import Tensor
 
 from longact_kernels.sparse.layer import SalientLayer
-from longact_kernels.sparse.sharding import local, local_mask
+from longact_kernels.sparse.sharding import is_sharded, local, local_mask
 
 
 def mask_(layer: SalientLayer, outside: Tensor) -> None:
     """Zeroes the gradient of a layer's weight in the channels of all layers that are in no set, bool [channels]."""
     weight, salient = layer.weight, layer.salient
     if weight.grad is not None:
-        own = local_mask(weight, outside[salient.channels], salient.dim)
-        local(weight.grad).masked_fill_(own.unsqueeze(1 - salient.dim), 0)
+        own, grad = local_mask(weight, outside[salient.channels], salient.dim), local(weight.grad)
+        grad.masked_fill_(own.unsqueeze(1 - salient.dim), 0)
+        salient.returned = grad.data_ptr(), grad._version
+
+
+def is_masked(layer: SalientLayer) -> bool:
+    """Whether the gradient of a layer's weight is just what its own backward has returned, or `mask_` has left."""
+    grad = layer.weight.grad
+    if grad is None:
+        return True
+    return not is_sharded(grad) and layer.salient.returned == (grad.data_ptr(), grad._version)
+
+
+def spill(layer: SalientLayer) -> None:
+    """Adds a layer's compact gradient to the weight's own."""
+    salient, weight = layer.salient, layer.weight
+    if salient.grad is not None and salient.has_grad:
+        places = (salient.index >= 0).nonzero().flatten()
+        part = salient.grad.index_select(salient.dim, places).to(weight.dtype)
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad.index_add_(salient.dim, salient.index[places], part)
+        salient.has_grad = False
 
 
 def compact_grad(layer: SalientLayer) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from longact_kernels.functional import Axis
+from longact_kernels.functional import Axis, captured, reaches
 from longact_kernels.sparse.batch import Batch, Pass
 from longact_kernels.sparse.tokens import Call
 
@@ -38,6 +38,7 @@ class SalientSet:
         stats: what backward merges the projection's statistics into; None where they are taken elsewhere, or no more.
         grad: the fp32 accumulator of the set's gradient, where those are kept in place of whole gradients.
         has_grad: whether backward has put something there since it was last zeroed.
+        returned: address and version of the weight's own gradient as backward has made it for the set, or masked it.
         version: grows whenever the set may have changed.
         share: which part of the projection's channels this rank computes (tensor parallelism).
         passes: the layer's own passes through backward.
@@ -62,6 +63,7 @@ class SalientSet:
     stats: Any = None
     grad: Tensor | None = None
     has_grad: bool = False
+    returned: tuple[int, int] | None = None
     version: int = 0
     share: float = 1.0
     passes: Pass = field(default_factory=Pass)
@@ -78,7 +80,7 @@ class SalientSet:
         _by_key[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, has_grad=False, returned=None)  # copies of parameters have no gradients
         self.key = next(_keys)  # a copy is another set
         _by_key[self.key] = self
 
@@ -99,10 +101,9 @@ class SalientSet:
             (stats.merge_at_end if ends else stats.merge_)(*measured)
         return self.index if self.active else None
 
-    def accumulator(self) -> tuple[Tensor, bool] | None:
-        """Where the set's gradient goes, and whether it is added to what is there; None: to the weight's own."""
-        if self.grad is None:
-            return None
+    def accumulator(self) -> tuple[Tensor, bool]:
+        """Where a compact gradient goes, and whether it is added to what is there."""
+        assert self.grad is not None
         if is_compiling():
             return self.grad, True
         add, self.has_grad = self.has_grad, True
@@ -121,6 +122,13 @@ def _begin(key: int, size: int, measured: list[Tensor], written: list[Tensor]) -
     later. An accumulator is zeroed here where nothing is in it yet.
     """
     salient = _by_key[key]
+    if len(written) > 1 and salient.batch.task == -1:  # a backward begins
+        leaves = [node for node, _ in torch._C._current_autograd_node().next_functions if hasattr(node, "variable")]
+        if any(n.variable is salient.passes.weight and (captured(n) or not reaches(n)) for n in leaves):
+            raise RuntimeError(
+                "torch.autograd.grad: of a compiled model it would add to compact gradients, as backward(inputs=...) "
+                "would; call the model without torch.compile there, or use LongAct(grad='full')"
+            )
     salient.batch.enter(salient.passes)
     if measured and salient.stats is not None:
         salient.stats.merge_(*measured)

@@ -194,31 +194,33 @@ class Statistics:
         self.statistic.merge_all_(waiting)
 
     def join(self, all_reduce: Callable[[Tensor, str], None], shares: list[float]) -> None:
-        """Takes the batch over all ranks; what comes after it counts with the next one.
+        """Takes what has come to the batch, over all ranks, into what was joined before.
 
         Args:
             all_reduce: joins a tensor over the ranks, "max" or "sum", in place.
             shares: which part of each segment's channels is measured on this rank.
         """
         self.merge_waiting()
-        batch, joined = self.batch.buffer, self.joined.buffer
-        joined.copy_(batch)
-        batch.zero_()
+        batch = self.batch.buffer
         if self.statistic.join == "sum" and min(shares) < 1:
-            joined[self.channels :] *= torch.tensor(shares, device=joined.device)  # how many sequences there were
+            batch[self.channels :] *= torch.tensor(shares, device=batch.device)  # how many sequences there were
         # As integers the bits of magnitudes keep their order, and NaN is the largest instead of being dropped.
-        all_reduce(joined.view(torch.int32) if self.statistic.join == "max" else joined, self.statistic.join)
+        all_reduce(batch.view(torch.int32) if self.statistic.join == "max" else batch, self.statistic.join)
+        self._take_in(self.joined.buffer, batch)
 
     def commit(self, bad: Tensor | None) -> None:
         """Makes the joined batch part of the period, unless the flag says that its numbers are bad."""
-        joined, period = self.joined.buffer, self.period.buffer
+        joined = self.joined.buffer
         if bad is not None:
             joined.masked_fill_(bad != 0, 0)
+        self._take_in(self.period.buffer, joined)
+
+    def _take_in(self, kept: Tensor, more: Tensor) -> None:
         if self.statistic.join == "max":
-            torch.maximum(period, joined, out=period)
+            torch.maximum(kept, more, out=kept)
         else:
-            period.add_(joined)
-        joined.zero_()
+            kept.add_(more)
+        more.zero_()
 
     def drop(self, segments: slice | None = None) -> None:
         """Forgets the batch: all of it, or that of some segments."""

@@ -100,7 +100,7 @@ class Attached:
         """
         longact = self.longact
         self._untell(optimizer)  # of a step that failed
-        longact.mask_gradients()
+        longact.prepare_step()
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = getattr(optimizer, "found_inf", None) is not None
         grads = [p.grad for p in params]

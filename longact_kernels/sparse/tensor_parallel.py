@@ -21,6 +21,8 @@ class Part:
         weight: of the layer, a DTensor.
     """
 
+    grad = returned = None
+
     def __init__(self, salient: SalientSet, weight: Any):
         self.salient = salient
         self.axis: Axis = salient.axis
@@ -35,9 +37,6 @@ class Part:
         if index is None or not any(self.others):
             return index
         return local_channels(index, self.start, self.count, self.salient.most(self.start, self.start + self.count))
-
-    def accumulator(self) -> None:
-        """Compact gradients are those of whole weights."""
 
 
 def project_part(x: Any, weight: Any, bias: Any, salient: SalientSet, *counted: Any) -> Any:

@@ -119,6 +119,18 @@ def test_a_function_of_target_modules_that_gives_no_ranges_is_named(given):
         LongAct(tiny_model(), target_modules=lambda path, module: given if path.endswith("q_proj") else None)
 
 
+@pytest.mark.parametrize("function", [lambda: None, lambda path: None, lambda path, module, more: None, int.bit_length])
+def test_a_function_of_target_modules_of_other_arguments_is_an_error(function):
+    with pytest.raises(ValueError, match=r"^target_modules: the function cannot be called with a path and a module"):
+        LongAct(tiny_model(), target_modules=function)
+
+
+@pytest.mark.parametrize("names", [["all-linear"], ("q_proj", "all-linear")])
+def test_all_linear_is_no_name_of_a_list(names):
+    with pytest.raises(ValueError, match=r"^target_modules: 'all-linear' names all layers, .*; pass it alone"):
+        LongAct(tiny_model(), target_modules=names)
+
+
 def test_a_function_of_target_modules_may_give_any_iterable_of_ranges():
     def heads(ranges):
         found = find_projections(tiny_model(), lambda path, module: ranges() if path.endswith("q_proj") else None)

@@ -120,6 +120,55 @@ def uneven(options, rank=None, begin=0):
     return what_came(model, longact)
 
 
+# Clipped after every micro-batch
+
+EARLY = {
+    "absmax": {},
+    "l2, every two": UNEVEN["l2, every two"],
+    "current": UNEVEN["current"],
+    "compact": {"grad": "compact"},
+}
+
+
+def early(options, rank=None):
+    model, longact, optimizer = make(options)
+    run = model if rank is None else DistributedDataParallel(model)
+    size = 1 if rank is None else 2
+    norms = []
+    for step in range(4):
+        for micro in tokens(8, seed=step).chunk(2):
+            ids = micro.chunk(size)[rank or 0]
+            (size * loss_of(run(input_ids=ids).logits, ids)).backward()
+            norms.append(longact.clip_grad_norm_(run.parameters(), 5.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    if rank is not None:
+        ends_without_a_call(run, longact, optimizer, rank)
+    return {**what_came(model, longact), "norms": norms}
+
+
+def ends_without_a_call(run, longact, optimizer, rank):
+    """One rank has one micro-batch more than the other, before a call of both and after it."""
+    for called in (True, False):
+        before = [p.detach().clone() for p in run.parameters()]
+        with run.no_sync():
+            loss_of(run(input_ids=tokens()).logits, tokens()).backward()
+            longact.mask_gradients()
+            if rank == 0 or not called:
+                loss_of(run(input_ids=tokens()).logits, tokens()).backward()
+        if called:
+            longact.mask_gradients()
+            optimizer.zero_grad()
+            continue
+        with pytest.raises(RuntimeError, match="with several processes call it once more after the last backward"):
+            optimizer.step()
+        assert all(map(torch.equal, run.parameters(), before))
+        if longact.compact is not None:
+            with pytest.raises(RuntimeError, match=r"restore: .* not been averaged over the processes"):
+                longact.restore()
+        longact.zero_grad()
+
+
 class Counted:
     """Counts collectives."""
 
@@ -132,6 +181,7 @@ class Counted:
 
 def _two(rank):
     found = {case: uneven(UNEVEN[case[0]], rank, case[1]) for case in UNEVEN_CASES}
+    found["early"] = {name: early(options, rank) for name, options in EARLY.items()}
     found["counts"], found["saved"] = {}, {}
     for name, options in COUNTED.items():
         model, longact, optimizer = make(options)
@@ -170,6 +220,14 @@ def test_all_ranks_take_part_in_a_refresh_whatever_they_were_fed(of_two, name, b
     expected = uneven(UNEVEN[name], begin=begin)
     for rank in (0, 1):
         assert_same(of_two[rank][name, begin], expected)
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_every_micro_batch_may_be_clipped_on_all_ranks(of_two, name):
+    expected = early(EARLY[name])
+    for rank in (0, 1):
+        assert_same(of_two[rank]["early"][name], expected)
+        torch.testing.assert_close(of_two[rank]["early"][name]["norms"], expected["norms"], rtol=1e-4, atol=0)
 
 
 def test_a_step_has_one_collective_and_compact_gradients_one_more(of_two):
