@@ -157,6 +157,7 @@ class Batch:
         self.beside: Sequence[Tensor] = []  # parameters without a set, where gradients of those with one are compact
         self.without: list[Tensor] = []  # those of them that train, and had no gradient when the pass began
         self.task = -1
+        self.compiled = (-1, -1)  # the compiled backward that was looked at last: of which pass, and which one
         self.unseen: Unseen | None = Unseen()  # until a step has been seen
 
     @property

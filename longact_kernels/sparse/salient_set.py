@@ -122,13 +122,8 @@ def _begin(key: int, size: int, measured: list[Tensor], written: list[Tensor]) -
     later. An accumulator is zeroed here where nothing is in it yet.
     """
     salient = _by_key[key]
-    if len(written) > 1 and salient.batch.task == -1:  # a backward begins
-        leaves = [node for node, _ in torch._C._current_autograd_node().next_functions if hasattr(node, "variable")]
-        if any(n.variable is salient.passes.weight and (captured(n) or not reaches(n)) for n in leaves):
-            raise RuntimeError(
-                "torch.autograd.grad: of a compiled model it would add to compact gradients, as backward(inputs=...) "
-                "would; call the model without torch.compile there, or use LongAct(grad='full')"
-            )
+    if len(written) > 1:
+        _refuse_captured(salient)
     salient.batch.enter(salient.passes)
     if measured and salient.stats is not None:
         salient.stats.merge_(*measured)
@@ -137,6 +132,21 @@ def _begin(key: int, size: int, measured: list[Tensor], written: list[Tensor]) -
     salient.has_grad = len(written) > 1
     written[0].zero_()
     return salient.index.clone()
+
+
+def _refuse_captured(salient: SalientSet) -> None:
+    """Raises RuntimeError in a compiled backward whose gradients are not all accumulated, but compact ones would be."""
+    node = torch._C._current_autograd_node()
+    running = torch._C._current_graph_task_id(), id(node)
+    if salient.batch.compiled == running:  # one layer has told of all
+        return
+    salient.batch.compiled = running
+    leaves = [n for n, _ in node.next_functions if getattr(n, "variable", None) is salient.passes.weight]
+    if any(captured(n) or not reaches(n) for n in leaves if n is not None):
+        raise RuntimeError(
+            "torch.autograd.grad: of a compiled model it would add to compact gradients, as backward(inputs=...) would;"
+            " call it without torch.compile there, or use LongAct(grad='full')"
+        )
 
 
 @_begin.register_fake

@@ -29,7 +29,6 @@ from longact_kernels import LongAct
 
 CHANGES = {"GPT2": dict(attn_pdrop=0, embd_pdrop=0, resid_pdrop=0), "Phi3": dict(pad_token_id=0)}
 GRAD = pytest.mark.parametrize("grad", ["full", "compact"])
-STATISTIC = pytest.mark.parametrize("statistic", ["absmax", "l2"])
 
 
 def salient_weights(longact) -> dict[str, torch.nn.Parameter]:
@@ -190,8 +189,7 @@ def test_gradients_of_the_layers_alone_are_not_masked_again(parts, monkeypatch):
 
 
 @GRAD
-@STATISTIC
-@pytest.mark.parametrize("refresh_every", [1, 2])
+@pytest.mark.parametrize(("statistic", "refresh_every"), [("absmax", 1), ("l2", 2)])
 @pytest.mark.parametrize("early", ["mask_gradients", "clip_grad_norm_"])
 def test_micro_batches_after_an_early_call_count_in_their_own_step(early, refresh_every, statistic, grad):
     model, longact, optimizer = salient_run(grad=grad, statistic=statistic, refresh_every=refresh_every)
@@ -332,10 +330,15 @@ def checkpointed_call(model, ids):
     return plain_call(model, ids)
 
 
-@pytest.mark.parametrize("call", [plain_call, autocast_call, checkpointed_call])
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("Llama", {}), ("GPT2", {}), ("Phi3", {}), ("Llama", {"axis": "columns"}), ("Llama", {"site": "rope"})],
+    ("family", "options", "call"),
+    [
+        ("Llama", {}, plain_call),
+        ("GPT2", {}, autocast_call),
+        ("Phi3", {}, checkpointed_call),
+        ("Llama", {"axis": "columns"}, autocast_call),
+        ("Llama", {"site": "rope"}, checkpointed_call),
+    ],
     ids=str,
 )
 def test_gradients_that_are_asked_for_are_given_to_who_asks_alone(family, options, call):
@@ -399,15 +402,25 @@ def test_gradients_that_were_asked_for_may_be_stepped():
 
 
 @pytest.mark.slow
-def test_compiled_code_cannot_give_compact_gradients_to_who_asks():
+@pytest.mark.parametrize("asks", [torch.autograd.grad, lambda loss, inputs: loss.backward(inputs=inputs)])
+@pytest.mark.parametrize("asked", ["own", "own and others", "what lies behind it"])
+def test_compiled_code_cannot_give_compact_gradients_to_who_asks(asked, asks):
+    torch.compiler.reset()  # else no more code may be made for one function
     model, longact, optimizer = salient_run(grad="compact")
-    run = torch.compile(model, backend="aot_eager")
-    train(run, optimizer, range(2))
-    loss = plain_call(run, tokens(seed=2))
-    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad: of a compiled model .* grad='full'"):
-        torch.autograd.grad(loss, [*salient_weights(longact).values()])
+    module, other, *_ = projections(model).values()
+    module.compile(backend="aot_eager")
+    train(model, optimizer, range(2))
+    inputs = {"own": [module.weight], "own and others": [other.weight, module.weight]}
+    inputs = inputs.get(asked, [model.get_input_embeddings().weight])
+    loss = loss_of(model(input_ids=tokens(seed=2)).logits, tokens(seed=2))
+    if asks is torch.autograd.grad or "own" not in asked:
+        with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad: of a compiled model .*grad='full'"):
+            asks(loss, inputs)
+    else:
+        asks(loss, inputs)
     model.zero_grad()
-    train(run, optimizer, [2])
+    train(model, optimizer, [2])
+    assert longact.steps == 3
 
 
 # Copies between backward and step
@@ -419,8 +432,7 @@ COPY = {
 
 
 @GRAD
-@STATISTIC
-@pytest.mark.parametrize("how", COPY)
+@pytest.mark.parametrize(("how", "statistic"), [("deepcopy", "absmax"), ("pickle", "l2")])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("clipped", [False, True])
 def test_a_copy_in_the_midst_of_a_step_has_no_part_of_it(clipped, steps, how, statistic, grad):
