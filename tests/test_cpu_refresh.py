@@ -7,6 +7,7 @@ from hypothesis import given
 from test_refresh import carries, check_carry
 
 from longact_kernels import ops
+from longact_kernels.reference import refresh as reference
 
 
 @relaxed
@@ -23,6 +24,22 @@ def test_lanes_apart_and_sets_apart():
     assert kept.tolist() == [False, True, False]
     before[[0, 2], ::2] = 0
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chooses_as_a_stable_sort_does(seed):
+    """Among ties, both signs of zero, of NaN and of Inf, and the smallest numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randint(1, 300, (7,), generator=generator).tolist()
+    counts = [int(torch.randint(1, size + 1, (1,), generator=generator)) for size in groups]
+    values = torch.randn(sum(groups), generator=generator)
+    special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 0.5])
+    places = torch.randint(0, len(values), (len(values) // 2,), generator=generator)
+    values[places] = special[torch.randint(0, 9, (len(places),), generator=generator)]
+    assert torch.equal(ops.select(values, groups, counts), reference.select(values, groups, counts))
+    size = len(values) // 5
+    values = values[: 5 * size]
+    assert torch.equal(ops.select(values, size, size // 3), reference.select(values, [size], [size // 3]))
 
 
 @pytest.mark.parametrize("place", ["old", "new"])

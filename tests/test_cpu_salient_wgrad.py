@@ -75,6 +75,33 @@ def test_channels_outside_the_set_are_zero():
 @pytest.mark.parametrize(
     ("rows", "got"), [([3, 8], "3 to 8"), ([3, -1], "-1 to 3"), ([-2], "-2 to -2"), ([4, 4], "4 to 4")]
 )
-def test_a_channel_that_is_not_there_is_an_error(rows, got):
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_channel_that_is_not_there_is_an_error(rows, got, tokens, dtype):
+    dy, x, out = torch.randn(tokens, 8).to(dtype), torch.randn(tokens, 32).to(dtype), torch.ones(len(rows), 32)
     with pytest.raises(IndexError, match=f"rows: got channels from {got}, needed them within 0 .. 7"):
-        ops.salient_wgrad(torch.randn(5, 8), torch.randn(5, 4), torch.tensor(rows))
+        ops.salient_wgrad(dy, x, torch.tensor(rows), compact=True, out=out)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("M", [1, 63, 65, 2048, 4501])
+def test_compact_rows_are_added_up_in_fp32_where_the_processor_multiplies_bf16(M, accumulate):
+    """Odd numbers of tokens, blocks of them, tiles with rows left over, empty slots, operands that lie apart."""
+    kernels = pytest.importorskip("longact_kernels.cpu.native.salient_wgrad")
+    if not kernels.multiplies():
+        pytest.skip("no AVX512-BF16, or AMX beside it")
+    generator = torch.Generator().manual_seed(M)
+    dy = torch.randn(64, M, generator=generator).bfloat16().T
+    x = torch.randn(M, 97, generator=generator).bfloat16()[:, 1:]
+    for S in (0, 1, 12, 31):
+        rows = torch.randperm(64, generator=generator)[:S].sort().values
+        rows = torch.cat([torch.full((3,), -1), rows])
+        before = torch.randn(S + 3, 128, generator=generator)
+        out = before.clone()[:, :96]
+        salient_wgrad(dy, x, rows, "rows", True, out, accumulate)
+        products = dy[:, rows[3:]].double().T, x.double()
+        wanted = (before[:, :96].double() if accumulate else torch.zeros(S + 3, 96)).clone()
+        wanted[3:] += products[0] @ products[1]
+        error = 2**-24 * (1.01 * (M + 70) * (products[0].abs() @ products[1].abs()) + wanted[3:].abs())
+        assert torch.equal(out[:3], wanted[:3].float()) and ((out[3:] - wanted[3:]).abs() <= error).all()

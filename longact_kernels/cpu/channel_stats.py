@@ -40,12 +40,10 @@ def channel_stats(
     use_native = native.available() and not (l2 and y.dtype == torch.float16)
     size = _CHUNK if use_native else max(1, _BLOCK // max(1, N * (8 if l2 else y.element_size())))
     chunks = _chunks(bounds, size)
-    sumsq = torch.zeros(len(bounds) - 1, N, dtype=torch.float64) if l2 else None
-    absmax = torch.zeros(N)
-    if chunks.shape[1] and N:
-        bits = (_native if use_native else _aten)(tokens, kept, chunks, sumsq)
-        absmax = bits.amax(0).view(y.dtype).float()
-    return absmax, torch.zeros(0, N) if sumsq is None else sumsq.float()
+    sumsq = torch.zeros(len(bounds) - 1, N) if l2 else torch.empty(0, N)
+    if not (chunks.shape[1] and N):
+        return torch.zeros(N), sumsq
+    return (_native if use_native else _aten)(tokens, kept, chunks, sumsq), sumsq
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,35 +57,38 @@ def _chunks(bounds: tuple[int, ...], size: int) -> Tensor:
     return torch.tensor(chunks, dtype=torch.int64).view(-1, 3).T.contiguous()
 
 
-def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) -> Tensor:
-    """Every chunk's largest bits [chunks, N]; adds the sums of squares to `total`, fp64 [sequences, N], if given."""
+def _native(y: Tensor, kept: Tensor | None, chunks: Tensor, sumsq: Tensor) -> Tensor:
+    """The absmax of all chunks [N]; writes the sums of squares to `sumsq`, zeros [sequences, N], if it has any."""
     from longact_kernels.cpu.native.channel_stats import channel_stats as kernel
 
     N, width, count = y.shape[1], y.element_size(), chunks.shape[1]
-    bits = torch.zeros(count, N, dtype=torch.int16 if width == 2 else torch.int32)
-    sumsq = None if total is None else torch.zeros(count, N, dtype=torch.float64)
+    absmax, bits = torch.empty(N), torch.empty(count * N * width, dtype=torch.uint8)
+    squares = torch.empty(count * N, dtype=torch.float64) if len(sumsq) else None
+    # One call does it all: in a step, every operation finds its own code out of the caches.
     native.run(
         kernel,
         count,
         [
-            y.data_ptr(), width, y.stride(0), N, 0 if kept is None else kept.data_ptr(),
-            chunks[0].data_ptr(), chunks[1].data_ptr(), bits.data_ptr(), 0 if sumsq is None else sumsq.data_ptr(),
+            y.data_ptr(), width, y.stride(0), N, 0 if kept is None else kept.data_ptr(), chunks.data_ptr(),
+            bits.data_ptr(), 0 if squares is None else squares.data_ptr(), absmax.data_ptr(), sumsq.data_ptr(), 0,
         ],
     )  # fmt: skip
-    if total is not None and sumsq is not None:
-        total.index_add_(0, chunks[2], sumsq)
-    return bits
+    if y.dtype == torch.float16:
+        return (absmax.view(torch.int32) >> 16).short().view(torch.float16).float()
+    return absmax
 
 
-def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) -> Tensor:
-    """As `_native`, in ATen operations on blocks that fit the cache; largest bits by place in a block."""
+def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, sumsq: Tensor) -> Tensor:
+    """As `_native`, in ATen operations on blocks that fit the cache."""
     integer, sign = (torch.int16, 0x7FFF) if y.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
     keep = None if kept is None else torch.where(kept, sign, 0).to(integer).unsqueeze(1)
     words = y.view(integer)
     longest = int((chunks[1] - chunks[0]).max())
     block = torch.empty(longest, y.shape[1], dtype=integer)
     peaks = torch.zeros_like(block)
-    if total is not None:
+    l2 = len(sumsq) > 0
+    if l2:
+        total = torch.zeros_like(sumsq, dtype=torch.float64)
         squares = torch.zeros(longest, y.shape[1])
         values = torch.empty_like(squares)
     table = chunks.T.tolist()
@@ -97,11 +98,13 @@ def _aten(y: Tensor, kept: Tensor | None, chunks: Tensor, total: Tensor | None) 
         # Element by element, and once for many blocks over the tokens: that reduction is ATen's slow one.
         peak = peaks[: end - first]
         torch.maximum(peak, bits, out=peak)
-        if total is not None:
+        if l2:
             value = bits.view(y.dtype)
             value = value if y.dtype == torch.float32 else values[: end - first].copy_(value)
             squares[: end - first].addcmul_(value, value)
             if i + 1 == len(table) or table[i + 1][2] != sequence or (i + 1) % _RUN == 0:
                 total[sequence] += squares.sum(0)
                 squares.zero_()
-    return peaks
+    if l2:
+        sumsq.copy_(total)
+    return peaks.amax(0).view(y.dtype).float()

@@ -1,5 +1,7 @@
-"""Compact optimizer state carried over to new salient sets on the CPU, in place."""
+"""Salient sets chosen on the CPU, and compact optimizer state carried over to them, in place."""
 
+import functools
+import itertools
 from array import array
 
 import torch
@@ -7,6 +9,28 @@ from torch import Tensor
 
 from longact_kernels.cpu import native
 from longact_kernels.reference import refresh as _reference
+
+
+def select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
+    """See :func:`longact_kernels.ops.select`; a single size stands for all groups."""
+    if not native.available():
+        return _reference.select(saliency, groups, counts)
+    from longact_kernels.cpu.native.refresh import select as kernel
+
+    if len(groups) == 1:
+        times = len(saliency) // groups[0]
+        groups, counts = groups * times, counts * times
+    saliency, table = saliency.contiguous(), _groups(tuple(groups), tuple(counts))
+    ranks, index = torch.empty_like(saliency), saliency.new_empty(sum(counts), dtype=torch.int64)
+    args = [saliency.data_ptr(), ranks.data_ptr(), table.buffer_info()[0], index.data_ptr()]
+    native.run(kernel, len(groups), args)
+    return index
+
+
+@functools.lru_cache(maxsize=64)
+def _groups(groups: tuple[int, ...], counts: tuple[int, ...]) -> array:
+    firsts, places = (itertools.accumulate(sizes, initial=0) for sizes in (groups, counts))
+    return array("q", itertools.chain.from_iterable(zip(firsts, groups, places, counts, strict=False)))
 
 
 def carry_(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longact_kernels.ops.arguments import check_apart, check_list, check_tensor, check_tensors, overlaps_itself
-from longact_kernels.ops.dispatch import implementation
+from longact_kernels.ops.dispatch import implementation, runs_at_once
 from longact_kernels.ops.uploads import upload
 from longact_kernels.reference import refresh as _reference
 
@@ -46,7 +46,7 @@ def select(saliency: Tensor, group: int | Sequence[int], count: int | Sequence[i
     in_each = len(counts) == len(groups) and all(1 <= c <= g for g, c in zip(groups, counts, strict=True))
     if not in_each or (n % groups[0] if same else n != sum(groups)):
         raise ValueError(f"select: cannot choose {count} of every {group} among {n} channels")
-    return _select(saliency, groups, counts)
+    return (_run_select if runs_at_once(saliency) else _select)(saliency, groups, counts)
 
 
 def _whole_numbers(name: str, numbers: int | Sequence[int]) -> list[int]:
@@ -59,6 +59,10 @@ def _whole_numbers(name: str, numbers: int | Sequence[int]) -> list[int]:
 @torch.library.custom_op("longact::select", mutates_args=())
 def _select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     """A single size stands for all groups."""
+    return _run_select(saliency, groups, counts)
+
+
+def _run_select(saliency: Tensor, groups: list[int], counts: list[int]) -> Tensor:
     return implementation("select", saliency, _select_kernel, _reference.select)(saliency, groups, counts)
 
 
@@ -149,12 +153,19 @@ def carry_(
     layers = [i for i, layer in enumerate(states) for _ in layer]
     flat = [state for layer in states for state in layer]
     check_apart("states: two of them", flat)
-    return list(_carry_(flat, layers, list(old), list(new), axis == "columns").split(sizes))
+    run = _run_carry_ if runs_at_once(old[0]) else _carry_
+    return list(run(flat, layers, list(old), list(new), axis == "columns").split(sizes))
 
 
 @torch.library.custom_op("longact::carry_", mutates_args=("states",))
 def _carry_(states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool) -> Tensor:
-    return implementation("carry_", old[0], _carry_kernel, _reference.carry_)(states, layers, old, new, columns)
+    return _run_carry_(states, layers, old, new, columns)
+
+
+def _run_carry_(states: list[Tensor], layers: list[int], old: list[Tensor], new: list[Tensor], columns: bool) -> Tensor:
+    kept = implementation("carry_", old[0], _carry_kernel, _reference.carry_)(states, layers, old, new, columns)
+    torch.autograd.graph.increment_version(states)
+    return kept
 
 
 @_carry_.register_fake

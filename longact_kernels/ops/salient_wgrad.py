@@ -35,8 +35,8 @@ def salient_wgrad(
 
     The salient channels are packed and multiplied by `torch.mm`, whose accuracy and bits these are: added up in fp32
     and rounded once. Where the products saved are predicted to take less than the packing, all are multiplied and the
-    salient ones kept. On a CPU and on ROCm the product of 16-bit tensors is rounded to 16 bits before it is added to
-    `out` or widened.
+    salient ones kept. On a CPU and on ROCm the product of 16-bit tensors may be rounded to 16 bits before it is
+    added to `out` or widened.
 
     Args:
         dy: gradient of the output [M, N] in fp32, fp16 or bf16.

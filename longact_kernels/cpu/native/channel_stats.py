@@ -87,30 +87,73 @@ _absmax = _chunk_kernel(l2=False)
 _both = _chunk_kernel(l2=True)
 
 
+@njit
+def _merge(peaks, count, N, shift, absmax):
+    """What the chunks' largest bits come to, in the first chunk's; as the bits of fp32 numbers in `absmax`."""
+    for chunk in range(1, count):
+        more = advance(peaks, chunk * N)
+        for n in range(N):
+            peaks[n] = max(peaks[n], more[n])
+    for n in range(N):
+        absmax[n] = uint32(peaks[n]) << shift
+
+
+@njit
+def _sum(squares, count, N, sequences, sumsq):
+    """The sum of each sequence, whose chunks follow one another."""
+    for chunk in range(count):
+        total = advance(squares, chunk * N)
+        if chunk > 0 and sequences[chunk] == sequences[chunk - 1]:
+            before = advance(squares, (chunk - 1) * N)
+            for n in range(N):
+                total[n] += before[n]
+        of_sequence = advance(sumsq, sequences[chunk] * N)
+        for n in range(N):
+            of_sequence[n] = total[n]
+
+
 @compile_kernel
 def channel_stats(args):
-    """Args: y; bytes of its elements (2: bf16, for absmax alone also fp16; 4: fp32), stride, N; mask or 0; firsts and
-    ends of the chunks; absmax [chunks, N] in the width of y and sumsq fp64 [chunks, N] or 0, both zero at first."""
-    y, width, stride, N, mask, firsts, ends, absmax, sumsq = (
-        args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9], args[10],
+    """Args: y; bytes of its elements (2: bf16, for absmax alone also fp16; 4: fp32), stride, N; mask or 0; int64
+    [3, chunks], first token, end and sequence of each; scratch [chunks, N], in the width of y and in fp64 or 0; absmax
+    [N], the bits of y's numbers at the upper end of 32; sumsq fp32 [sequences, N], zero at first; 0."""
+    y, width, stride, N, mask, chunks, bits, squares, absmax, sumsq = (
+        args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9], args[10], args[11],
     )  # fmt: skip
+    count = args[1]
+    firsts = int64_at(chunks)
+    ends, sequences = advance(firsts, count), advance(firsts, 2 * count)
     buffer = np.empty(N, np.float32)
     run = float32_at(buffer.ctypes.data)
     while True:
         task = next_task(args)
-        if task >= args[1]:
+        if task >= count:
             break
-        first, end = int64_at(firsts)[task], int64_at(ends)[task]
-        squares = advance(float64_at(sumsq), task * N)
+        first, end = firsts[task], ends[task]
+        total = advance(float64_at(squares), task * N)
+        if squares != 0:
+            for n in range(N):
+                total[n] = 0
         if width == 2:
-            source, peak, sign, zero = uint16_at(y), advance(uint16_at(absmax), task * N), uint16(0x7FFF), uint16(0)
-            if sumsq != 0:
-                _both(source, stride, N, first, end, mask, sign, zero, peak, squares, run)
+            source, peak, sign, zero = uint16_at(y), advance(uint16_at(bits), task * N), uint16(0x7FFF), uint16(0)
+            for n in range(N):
+                peak[n] = 0
+            if squares != 0:
+                _both(source, stride, N, first, end, mask, sign, zero, peak, total, run)
             else:
-                _absmax(source, stride, N, first, end, mask, sign, zero, peak, squares, run)
+                _absmax(source, stride, N, first, end, mask, sign, zero, peak, total, run)
         else:
-            words, tops = uint32_at(y), advance(uint32_at(absmax), task * N)
-            if sumsq != 0:
-                _both(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, squares, run)
+            words, tops = uint32_at(y), advance(uint32_at(bits), task * N)
+            for n in range(N):
+                tops[n] = 0
+            if squares != 0:
+                _both(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, total, run)
             else:
-                _absmax(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, squares, run)
+                _absmax(words, stride, N, first, end, mask, uint32(0x7FFFFFFF), uint32(0), tops, total, run)
+        if next_task(advance(args, 12)) == count - 1:  # all others are done
+            if width == 2:
+                _merge(uint16_at(bits), count, N, 16, uint32_at(absmax))
+            else:
+                _merge(uint32_at(bits), count, N, 0, uint32_at(absmax))
+            if squares != 0:
+                _sum(float64_at(squares), count, N, sequences, float32_at(sumsq))

@@ -1,6 +1,7 @@
 """What numba has no word for: raw addresses, bit casts, an atomic counter, and a few operations on whole vectors."""
 
 from llvmlite import ir
+from llvmlite.binding import initialize_native_asmparser
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
@@ -13,10 +14,13 @@ _BYTES = ir.IntType(8).as_pointer()
 
 @intrinsic
 def next_task(typingctx, counter):
-    """The value of an int64 counter, which it raises by one: no two threads get the same."""
+    """The value of an int64 counter, which it raises by one: no two threads get the same.
+
+    Who gets a value sees what others wrote before they got theirs.
+    """
 
     def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(counter), codegen
 
@@ -64,6 +68,10 @@ def _load(builder, pointer, lanes):
 def _store(builder, value, pointer):
     target = builder.bitcast(pointer, value.type.as_pointer())
     builder.store(value, target, align=_bytes(pointer.type.pointee))
+
+
+def _offset(builder, pointer, elements):
+    return builder.gep(pointer, [ir.Constant(_I32, elements)])
 
 
 def _masked(builder, pointers, keeps, lanes):
@@ -151,9 +159,14 @@ def _call(builder, name, *args):
     return builder.call(function, args)
 
 
+def has(feature):
+    """Whether the processor that is compiled for has something, by LLVM's name."""
+    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
 def compresses():
     """Whether `compress_of` and `expand_of` may be used: what they are made of, AVX-512 alone has."""
-    return "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return has("avx512f")
 
 
 def _pick(builder, name, numbers, rest, bits):
@@ -195,6 +208,58 @@ def expand_of(lanes):
         return types.void(source, target, bits), codegen
 
     return expand
+
+
+@intrinsic
+def interleave(typingctx, even, odd, target):
+    """32 pairs of 16-bit numbers, one of each, from two rows."""
+
+    def codegen(context, builder, signature, args):
+        rows = [_load(builder, pointer, 32) for pointer in args[:2]]
+        for first in (0, 16):
+            order = [place for lane in range(first, first + 16) for place in (lane, 32 + lane)]
+            pairs = builder.shuffle_vector(*rows, ir.Constant(ir.VectorType(_I32, 32), order))
+            _store(builder, builder.bitcast(pairs, ir.VectorType(_I32, 16)), _offset(builder, args[2], first))
+        return context.get_dummy_value()
+
+    return types.void(even, odd, target), codegen
+
+
+def products_of(rows):
+    """Makes `f(left, right, pairs, tile)`: the fp32 tile [rows, 32] of products of bf16 numbers, summed over pairs.
+
+    `left` is [pairs, rows] and `right` [pairs, 32], each word two numbers, as AVX512-BF16 takes them.
+    """
+
+    @intrinsic
+    def products(typingctx, left, right, pairs, tile):
+        def codegen(context, builder, signature, args):
+            initialize_native_asmparser()
+            left, right, pairs, tile = args
+            words, numbers = ir.VectorType(_I32, 16), ir.VectorType(_F32, 16)
+            zero = ir.Constant(numbers, None)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(rows)]
+            kind = ir.FunctionType(numbers, [words, words, numbers])
+            with cgutils.for_range(builder, pairs) as loop:
+                of_left = builder.gep(left, [builder.mul(loop.index, ir.Constant(loop.index.type, rows))])
+                of_right = builder.gep(right, [builder.mul(loop.index, ir.Constant(loop.index.type, 32))])
+                vectors = [_load(builder, _offset(builder, of_right, first), 16) for first in (0, 16)]
+                for row, own in enumerate(sums):
+                    pair = builder.load(_offset(builder, of_left, row))
+                    one = builder.insert_element(ir.Constant(words, ir.Undefined), pair, ir.Constant(_I32, 0))
+                    splat = builder.shuffle_vector(one, one, ir.Constant(words, [0] * 16))
+                    for place, vector in zip(own, vectors, strict=True):
+                        args = [splat, vector, builder.load(place)]
+                        # By its name: llvmlite has no type for the operands of LLVM's function.
+                        builder.store(builder.asm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0", args, False), place)
+            for row, own in enumerate(sums):
+                for first, place in zip((0, 16), own, strict=True):
+                    _store(builder, builder.load(place), _offset(builder, tile, 32 * row + first))
+            return context.get_dummy_value()
+
+        return types.void(left, right, pairs, tile), codegen
+
+    return products
 
 
 def adamw_of(lanes, masked):

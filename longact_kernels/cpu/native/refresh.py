@@ -1,6 +1,6 @@
-"""Carrying compact state from the old salient sets to the new ones: only what changes place is read or written.
+"""Choosing salient sets, and carrying compact state from the old ones to the new ones: only what changes place moves.
 
-What the kernels find in `args`, from 2 on; see `longact_kernels.cpu.refresh`, which writes it:
+What `match` and `carry` find in `args`, from 2 on; see `longact_kernels.cpu.refresh`, which writes it:
 
 - sets: of every layer the addresses of its old and its new set, its first slot among those of all layers, its slots,
   and, set by `match`, whether any of its slots changes
@@ -10,13 +10,58 @@ What the kernels find in `args`, from 2 on; see `longact_kernels.cpu.refresh`, w
 - whether a set does not ascend; set by `match`
 """
 
-from numba import njit
+from numba import njit, uint32
 
 from longact_kernels.cpu.native import compile_kernel
 from longact_kernels.cpu.native.intrinsics import advance, int64_at, next_task, uint8_at, uint32_at
 
 # int64 words of one layer in `sets`, and of one state in `states`.
 SET_WORDS = STATE_WORDS = 5
+# Those of a group of channels in `select`: its first channel, how many; the first place of its chosen ones, how many.
+GROUP_WORDS = 4
+
+
+@njit
+def _rank(bits):
+    """Orders fp32 numbers as uint32: zeros alike, and NaN above all."""
+    magnitude = bits & 0x7FFFFFFF
+    if magnitude > 0x7F800000:
+        return 0xFFFFFFFF
+    if magnitude == 0:
+        return 0x80000000
+    return bits ^ (0xFFFFFFFF if bits >> 31 else 0x80000000)
+
+
+@njit
+def _count(ranks, size, floor):
+    count = 0
+    for n in range(size):
+        count += ranks[n] >= floor
+    return count
+
+
+@compile_kernel
+def select(args):
+    """Args: fp32 numbers, uint32 scratch of their count, the groups, int64 chosen ones. One task a group."""
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        group = advance(int64_at(args[4]), task * GROUP_WORDS)
+        first, size, place, count = group[0], group[1], group[2], group[3]
+        bits, ranks, index = advance(uint32_at(args[2]), first), advance(uint32_at(args[3]), first), int64_at(args[5])
+        for n in range(size):
+            ranks[n] = _rank(bits[n])
+        floor = 0  # in the end, the smallest rank that is chosen, bit by bit
+        for bit in range(31, -1, -1):
+            if _count(ranks, size, uint32(floor | 1 << bit)) >= count:
+                floor |= 1 << bit
+        ties = count - (_count(ranks, size, uint32(floor + 1)) if floor < 0xFFFFFFFF else 0)
+        for n in range(size):
+            if ranks[n] > floor or (ranks[n] == floor and ties > 0):
+                ties -= ranks[n] == floor
+                index[place] = first + n
+                place += 1
 
 
 @njit

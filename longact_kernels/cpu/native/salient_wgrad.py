@@ -1,10 +1,23 @@
-"""Packing of salient channels: a transposing gather."""
+"""Packing of salient channels, a transposing gather; and products of what is packed in pairs of tokens."""
+
+import functools
 
 import numpy as np
-from numba import njit
+from numba import njit, uint32
 
 from longact_kernels.cpu.native import compile_kernel
-from longact_kernels.cpu.native.intrinsics import advance, int64_at, next_task, uint16_at, uint32_at
+from longact_kernels.cpu.native.intrinsics import (
+    advance,
+    float32_at,
+    has,
+    int64_at,
+    interleave,
+    next_task,
+    prefetch_of,
+    products_of,
+    uint16_at,
+    uint32_at,
+)
 
 # Tokens of a task: they fill whole cache lines of what is packed.
 TOKENS = 64
@@ -13,6 +26,30 @@ TOKENS = 64
 _SIDE_BY_SIDE = 8
 # Channels whose tokens are put together at a time: they stay in the second-level cache.
 _CHANNELS = 1024
+# Salient channels and columns of a tile of the product, whose sums fill the registers.
+ROWS, COLUMNS = 12, 32
+# Pairs of tokens whose columns stay in the second-level cache.
+_PAIRS = 1024
+# How many pairs ahead memory is asked for rows of x, one line of each at a time, and for whole rows of dy.
+_AHEAD, _NEAR = 8, 2
+
+
+_prefetch = prefetch_of(COLUMNS)
+_products = products_of(ROWS)
+
+
+@njit
+def _empty_slots(index, S, N):
+    """How many slots hold no channel, -1, before the others; -1 if this is no ascending set of N channels."""
+    empty = 0
+    while empty < S and index[empty] == -1:
+        empty += 1
+    before = -1
+    for s in range(empty, S):
+        if index[s] <= before or index[s] >= N:
+            return -1
+        before = index[s]
+    return empty
 
 
 @njit
@@ -41,8 +78,17 @@ def _block(x, stride, index, S, packed, M, first, buffer):
 
 @compile_kernel
 def pack(args):
-    """Args: x; bytes of its elements (2 or 4), stride, M; index, S; packed [S, M]. A task is a block of tokens."""
-    x, width, stride, M, index, S, packed = args[2], args[3], args[4], args[5], args[6], args[7], args[8]
+    """Args: x; bytes of its elements (2 or 4), stride, M, N; index, S; packed [S, M]; what `_empty_slots` says, slots
+    that packed does not have. A task is a block of tokens."""
+    x, width, stride, M, N, slots, S, packed = (
+        args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9],
+    )  # fmt: skip
+    empty = _empty_slots(int64_at(slots), S, N)
+    args[10] = empty  # the same from every thread
+    if empty < 0:
+        return
+    index = advance(int64_at(slots), empty)
+    S -= empty
     scratch = np.empty(TOKENS * min(S, _CHANNELS), np.uint32)
     buffer = scratch.ctypes.data
     while True:
@@ -51,6 +97,83 @@ def pack(args):
             break
         first = task * TOKENS
         if width == 2:
-            _block(uint16_at(x), stride, int64_at(index), S, uint16_at(packed), M, first, uint16_at(buffer))
+            _block(uint16_at(x), stride, index, S, uint16_at(packed), M, first, uint16_at(buffer))
         else:
-            _block(uint32_at(x), stride, int64_at(index), S, uint32_at(packed), M, first, uint32_at(buffer))
+            _block(uint32_at(x), stride, index, S, uint32_at(packed), M, first, uint32_at(buffer))
+
+
+@functools.cache
+def multiplies():
+    """Whether `product` can run, and nothing faster: oneDNN has AMX where there is that."""
+    return has("avx512bf16") and not has("amx-bf16")
+
+
+@compile_kernel
+def pack_pairs(args):
+    """`pack` of bf16 numbers as uint32 [S / ROWS, M / 2, ROWS], zeros in the rest: pairs of tokens side by side."""
+    stride, M, N, slots, S, packed = args[4], args[5], args[6], args[7], args[8], uint32_at(args[9])
+    empty = _empty_slots(int64_at(slots), S, N)
+    args[10] = empty  # the same from every thread
+    if empty < 0:
+        return
+    index = advance(int64_at(slots), empty)
+    S -= empty
+    pairs = (M + 1) // 2
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        for pair in range(task * TOKENS // 2, min((task + 1) * TOKENS // 2, pairs)):
+            even = advance(uint16_at(args[2]), 2 * pair * stride)
+            odd = advance(even, stride)
+            whole = 2 * pair + 1 < M
+            for n in range(0, N, COLUMNS):
+                _prefetch(advance(even, 2 * _NEAR * stride + n))
+                _prefetch(advance(odd, 2 * _NEAR * stride + n))
+            for s0 in range(0, S, ROWS):
+                target = advance(packed, (s0 // ROWS * pairs + pair) * ROWS)
+                for r in range(S - s0, ROWS):
+                    target[r] = 0
+                for r in range(min(ROWS, S - s0)):
+                    channel = index[s0 + r]
+                    target[r] = even[channel]
+                    if whole:
+                        target[r] |= uint32(odd[channel]) << 16
+
+
+@compile_kernel
+def product(args):
+    """Args: what `pack_pairs` made, S, M; x, its stride; fp32 out [S, K], its stride, whether to add to it. A task is
+    COLUMNS of x, which has no others left over."""
+    packed, S, M, x, stride, out, stride_out, adds = (
+        uint32_at(args[2]), args[3], args[4], uint16_at(args[5]), args[6], float32_at(args[7]), args[8], args[9],
+    )  # fmt: skip
+    scratch = np.empty((_PAIRS + ROWS) * COLUMNS + 16, np.uint32)
+    aligned = (scratch.ctypes.data + 63) // 64 * 64
+    columns, tile = uint32_at(aligned), float32_at(aligned + 4 * _PAIRS * COLUMNS)
+    none = np.zeros(COLUMNS, np.uint16)
+    pairs = (M + 1) // 2
+    while True:
+        task = next_task(args)
+        if task >= args[1]:
+            break
+        first = task * COLUMNS
+        for start in range(0, pairs, _PAIRS):
+            count = min(_PAIRS, pairs - start)
+            for pair in range(count):
+                even = advance(x, 2 * (start + pair) * stride + first)
+                odd = advance(even, stride)
+                _prefetch(advance(even, 2 * _AHEAD * stride))
+                _prefetch(advance(odd, 2 * _AHEAD * stride))
+                odd = odd if 2 * (start + pair) + 1 < M else uint16_at(none.ctypes.data)
+                interleave(even, odd, advance(columns, pair * COLUMNS))
+            for s0 in range(0, S, ROWS):
+                _products(advance(packed, (s0 // ROWS * pairs + start) * ROWS), columns, count, tile)
+                for r in range(min(ROWS, S - s0)):
+                    target, own = advance(out, (s0 + r) * stride_out + first), advance(tile, r * COLUMNS)
+                    if adds or start > 0:
+                        for c in range(COLUMNS):
+                            target[c] += own[c]
+                    else:
+                        for c in range(COLUMNS):
+                            target[c] = own[c]
