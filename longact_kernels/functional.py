@@ -123,13 +123,11 @@ class Target(Protocol):
     Attributes:
         axis, transposed: as in `salient_linear`.
         grad: the accumulator of a compact gradient; None for the weight's own gradient.
-        returned: address and version of the masked gradient that backward has returned last.
     """
 
     axis: Axis
     transposed: bool
     grad: Tensor | None
-    returned: tuple[int, int] | None
 
     def begin(self, measured: tuple[Tensor, ...]) -> Tensor | None:
         """Takes the statistics of the activation, when its gradient comes; returns the set, None for every channel."""
@@ -227,8 +225,6 @@ class _Project(torch.autograd.Function):
                     left, right, along = right, left, "columns" if along == "rows" else "rows"
                 if target.grad is None or (not is_compiling() and captured(ctx.next_functions[1][0])):
                     dw = multiply(left, right, index, along)
-                    if not is_compiling():
-                        target.returned = dw.data_ptr(), dw._version
                 else:
                     multiply(left, right, index, along, True, *target.accumulator())
         if needs[2]:

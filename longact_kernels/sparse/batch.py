@@ -195,14 +195,18 @@ class Batch:
     def _ended(self) -> None:
         self.task = -1
         self.end()
-        looked = [(own, grad) for own in self.passes if own.came and (grad := own.end()) is not None]
-        if looked:
-            for (own, _), largest in zip(looked, torch._foreach_norm([grad for _, grad in looked], inf), strict=True):
-                own.told = largest
+        self.note()
         if self.unseen is not None:
             for own in self.passes:
                 if own.came:
                     self.unseen.note(own.weight)
+
+    def note(self) -> None:
+        """Remembers what gradients there are: whoever changes them from now on does so without us."""
+        looked = [(own, grad) for own in self.passes if own.came and (grad := own.end()) is not None]
+        if looked:
+            for (own, _), largest in zip(looked, torch._foreach_norm([grad for _, grad in looked], inf), strict=True):
+                own.told = largest
 
     def stepped(self, params: Iterable[Tensor]) -> None:
         """Says that an optimizer has stepped parameters: that it zeroes their gradients now drops nothing."""

@@ -34,7 +34,6 @@ class CompactGradients:
     def __init__(self, model: nn.Module, layers: Mapping[str, SalientLayer], ranks: Ranks):
         self.model, self.layers, self.ranks = model, layers, ranks
         self.flat: Flat | None = None
-        self.clipped = False  # whether they were clipped along with all others
         self._shared = False
         ignored = [f"{name}.weight" for name in layers]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -72,18 +71,21 @@ class CompactGradients:
     def check_untouched(self) -> None:
         """Raises RuntimeError where somebody has scaled or clipped all other gradients and not these.
 
-        Called in a step. With other ranks, DistributedDataParallel changes gradients after a backward too.
+        Called before all that reads them. DistributedDataParallel changes gradients after a backward, too.
         """
-        if self.clipped or not self.ranks.alone:
+        if not self.ranks.alone:
             return
-        for salient in (layer.salient for layer in self.layers.values()):
-            if salient.has_grad and salient.passes.touched():
+        for layer in self.layers.values():
+            salient = layer.salient
+            # A gradient of its own shows that another backward has come, which has changed the others' too.
+            if salient.has_grad and layer.weight.grad is None and salient.passes.touched():
                 if salient.passes.is_zero():
                     salient.has_grad = False  # zeroed by hand
                     continue
                 raise RuntimeError(
                     "grad: gradients were clipped or changed since the backward by something that does not see compact "
-                    "ones; clip with longact.clip_grad_norm_(), scale the loss instead of gradients, or use grad='full'"
+                    "ones; clip with longact.clip_grad_norm_(), scale the loss instead of gradients, add penalties to "
+                    "it, or use grad='full'"
                 )
 
     def _share_weights(self, *_: Any) -> None:
@@ -106,7 +108,6 @@ class CompactGradients:
 
     def begin_step(self) -> None:
         """Has backward put the gradients of sets into accumulators from now on."""
-        self.clipped = False
         held = {} if self.flat is None else self.flat.shapes
         trained = [name for name, layer in self.layers.items() if layer.weight.requires_grad]
         if any(layer.salient.chosen for layer in self.layers.values()) and not held.keys() >= {*trained}:

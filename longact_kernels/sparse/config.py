@@ -176,10 +176,10 @@ class LongActConfig:
             )
         if isinstance(target, str):
             _check_pattern("target_modules", target)
-        elif names and ALL_LINEAR in target:
-            raise ValueError(f"target_modules: {ALL_LINEAR!r} names all layers, not one of a list; pass it alone")
         elif callable(target):
             _check_function(target)
+        elif target is not None and ALL_LINEAR in target:
+            raise ValueError(f"target_modules: {ALL_LINEAR!r} names all layers, not one of a list; pass it alone")
         if self.axis == "columns" and (self.scope == "head" or self.site != "projection" or self.pair_rope):
             raise ValueError(
                 "axis: 'columns' takes input channels, which have no heads, norms or rotary pairs; needed scope "

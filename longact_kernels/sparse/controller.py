@@ -107,6 +107,7 @@ class LongAct:
         self._over = False  # whether they have all, since gradients have been zeroed
         self._masked = False  # whether its sets have been chosen, and its gradients masked
         self._early = False  # whether that was so when another backward came
+        self._stale = False  # whether its gradients are those of other sets
         self._checked = False
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -299,9 +300,10 @@ class LongAct:
         dropped = [layer.salient for layer in (self.layers.values() if layers is None else layers)]
         came = self._masked or any(salient.passes.came for salient in dropped)
         for salient in dropped:
-            salient.has_grad, salient.returned = False, None
+            salient.has_grad = False
             salient.passes.clear()
         everything = len(dropped) == len(self.layers)
+        self._stale &= not everything
         self._over = everything and bool(self._stepped)
         if self._stepped or not came:
             return  # they are in the statistics, as their gradients are in the weights
@@ -312,14 +314,11 @@ class LongAct:
             self.batch.task = -1
             self._masked = self._early = False
             self.numbers.begin()
-            if self.compact is not None:
-                self.compact.clipped = False
 
     def _backward_begins(self) -> None:
         self.settle()
         if self.compact is not None:
             self.compact.check_untouched()
-            self.compact.clipped = False
         self._early |= self._masked
         self._masked = False
 
@@ -431,6 +430,11 @@ class LongAct:
         if self._over:  # as a rank that was fed nothing has to know, which has had no backward to tell
             self.settle()
         self.batch.drop_zeroed()
+        if self._stale:
+            raise RuntimeError(
+                "LongAct: refresh() was called between backward and step, whose gradients are those of the sets "
+                "before; call it after the step, or zero_grad() after it"
+            )
         if self._masked or self._stepped:
             return
         self._refuse_early()
@@ -490,14 +494,15 @@ class LongAct:
 
     @torch.no_grad()
     def mask_again(self, ids: set[int] | None = None) -> None:
-        """Zeroes what lies outside the sets of gradients that others than the layers' own backward have made.
+        """Zeroes what lies outside the sets: what others than the layers' own backward have put there.
+
+        Nothing tells of all that may have come (`.grad.data`, a tensor at the address of another), so all are masked.
 
         Args:
             ids: those of the weights; all if not given.
         """
         layers = [layer for layer in self.layers.values() if ids is None or id(layer.weight) in ids]
-        alone = self.ranks.alone  # else gradients have come from other ranks too
-        if dense := [own for own in layers if own.salient.chosen and not (alone and gradients.is_masked(own))]:
+        if dense := [own for own in layers if own.salient.chosen and own.weight.grad is not None]:
             outside = self._chosen.outside()
             for layer in dense:
                 gradients.mask_(layer, outside)
@@ -575,7 +580,7 @@ class LongAct:
         ids = None if optimizer is None else ids_of(optimizer)
         for layer in self.layers.values():
             if ids is None or id(layer.weight) in ids:
-                layer.salient.has_grad, layer.salient.returned = False, None  # a step uses a compact gradient up
+                layer.salient.has_grad = False  # a step uses a compact gradient up
                 layer.salient.passes.weight = layer.weight  # another one may have been put in, with an optimizer
         if first and self.frozen:
             self._statistics.drop()
@@ -643,11 +648,15 @@ class LongAct:
     def refresh(self) -> None:
         """Chooses the salient set of each layer now, from the statistics since the last refresh, and resets them.
 
+        Between backward and step, gradients are those of the sets before: the step is refused until they are zeroed.
+
         Raises:
             RuntimeError: if there is no set yet and nothing to choose it from.
             FloatingPointError: for NaN or Inf activations, if `nonfinite` is "error".
         """
         self.settle()
+        self.batch.drop_zeroed()
+        self._stale |= self.batch.present and any(salient.active for salient in self._sets())
         if self.ranks.alone and self.idle:
             self._raise_idle("refresh()")
         self._join()
@@ -709,6 +718,8 @@ class LongAct:
         if not isinstance(max_norm, Real) and not (isinstance(max_norm, Tensor) and max_norm.numel() == 1):
             kind = f"a tensor {list(max_norm.shape)}" if isinstance(max_norm, Tensor) else repr(max_norm)
             raise TypeError(f"max_norm: got {kind}, needed a number")
+        if self.compact is not None:
+            self.compact.check_untouched()
         self.mask_gradients()
         ids = {id(p) for p in parameters}
         own = [layer for layer in self.layers.values() if id(layer.weight) in ids]
@@ -717,8 +728,7 @@ class LongAct:
         norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
         gradients.clip_(compact, max_norm, norm)
-        if self.compact is not None:
-            self.compact.clipped = True
+        self.batch.note()
         return norm
 
     # What the user looks at
@@ -862,7 +872,7 @@ class LongAct:
         self.batch.clear()
         self._statistics.drop(salient.segments)
         self._chosen.forget()
-        self._masked = self._early = False
+        self._masked = self._early = self._stale = False
         self._steps = int(state["salient_steps"])
         active, _, chosen = map(bool, state["salient_flags"].tolist())
         salient.active, salient.chosen, salient.has_grad = active, chosen, False

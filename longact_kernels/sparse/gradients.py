@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 
 from longact_kernels.sparse.layer import SalientLayer
-from longact_kernels.sparse.sharding import is_sharded, local, local_mask
+from longact_kernels.sparse.sharding import local, local_mask
 
 
 def mask_(layer: SalientLayer, outside: Tensor) -> None:
     """Zeroes the gradient of a layer's weight in the channels of all layers that are in no set, bool [channels]."""
     weight, salient = layer.weight, layer.salient
     if weight.grad is not None:
-        own, grad = local_mask(weight, outside[salient.channels], salient.dim), local(weight.grad)
-        grad.masked_fill_(own.unsqueeze(1 - salient.dim), 0)
-        salient.returned = grad.data_ptr(), grad._version
-
-
-def is_masked(layer: SalientLayer) -> bool:
-    """Whether the gradient of a layer's weight is just what its own backward has returned, or `mask_` has left."""
-    grad = layer.weight.grad
-    if grad is None:
-        return True
-    return not is_sharded(grad) and layer.salient.returned == (grad.data_ptr(), grad._version)
+        own = local_mask(weight, outside[salient.channels], salient.dim)
+        local(weight.grad).masked_fill_(own.unsqueeze(1 - salient.dim), 0)
 
 
 def spill(layer: SalientLayer) -> None:

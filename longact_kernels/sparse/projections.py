@@ -134,6 +134,11 @@ def _candidates(
             else:
                 yield known, attending[known], model.get_submodule(known), None
         return
+    if not isinstance(target_modules, str) and not callable(target_modules):
+        paths = [path for path, _ in model.named_modules()]
+        for end in target_modules:
+            if not any(_match([end], path, model) for path in paths):
+                raise ValueError(_nothing_found(model, [end]))
     for path, module in model.named_modules():
         match = _match(target_modules, path, module)
         if match is not None and match is not False:

@@ -38,7 +38,6 @@ class SalientSet:
         stats: what backward merges the projection's statistics into; None where they are taken elsewhere, or no more.
         grad: the fp32 accumulator of the set's gradient, where those are kept in place of whole gradients.
         has_grad: whether backward has put something there since it was last zeroed.
-        returned: address and version of the weight's own gradient as backward has made it for the set, or masked it.
         version: grows whenever the set may have changed.
         share: which part of the projection's channels this rank computes (tensor parallelism).
         passes: the layer's own passes through backward.
@@ -63,7 +62,6 @@ class SalientSet:
     stats: Any = None
     grad: Tensor | None = None
     has_grad: bool = False
-    returned: tuple[int, int] | None = None
     version: int = 0
     share: float = 1.0
     passes: Pass = field(default_factory=Pass)
@@ -80,7 +78,7 @@ class SalientSet:
         _by_key[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, has_grad=False, returned=None)  # copies of parameters have no gradients
+        self.__dict__.update(state, has_grad=False)  # copies of parameters have no gradients
         self.key = next(_keys)  # a copy is another set
         _by_key[self.key] = self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import CellType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Part:
         weight: of the layer, a DTensor.
     """
 
-    grad = returned = None
+    grad: Tensor | None = None
 
     def __init__(self, salient: SalientSet, weight: Any):
         self.salient = salient
@@ -37,6 +37,9 @@ class Part:
         if index is None or not any(self.others):
             return index
         return local_channels(index, self.start, self.count, self.salient.most(self.start, self.start + self.count))
+
+    def accumulator(self) -> NoReturn:
+        raise AssertionError("compact gradients are those of whole weights")
 
 
 def project_part(x: Any, weight: Any, bias: Any, salient: SalientSet, *counted: Any) -> Any:

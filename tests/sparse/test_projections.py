@@ -131,6 +131,13 @@ def test_all_linear_is_no_name_of_a_list(names):
         LongAct(tiny_model(), target_modules=names)
 
 
+@pytest.mark.parametrize("names", [["q_proj", "kproj"], ["q_proj ", "k_proj"], ["self_attn.q_proj", "k"]])
+def test_a_name_of_a_list_that_no_layer_has_is_an_error(names):
+    """A slip of the pen would train the layer densely."""
+    with pytest.raises(ValueError, match=r"^target_modules: got \['.*'\], which matches no layer"):
+        LongAct(tiny_model(), target_modules=names)
+
+
 def test_a_function_of_target_modules_may_give_any_iterable_of_ranges():
     def heads(ranges):
         found = find_projections(tiny_model(), lambda path, module: ranges() if path.endswith("q_proj") else None)

@@ -83,6 +83,15 @@ def by_hand(model, ids):
             p.grad += 3 * p.detach()
 
 
+def by_data(model, ids):
+    """Which changes no version of the gradient."""
+    backward(model, ids)
+    for name, p in model.named_parameters():
+        if "proj" in name:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.data.add_(p.detach(), alpha=3)
+
+
 def in_evaluation_mode(model, ids):
     backward(model, ids)
     backward(model.eval(), ids.flip(1))
@@ -110,6 +119,7 @@ PATHS = [
     after,
     in_parts,
     by_hand,
+    by_data,
     in_evaluation_mode,
     by_a_second_use,
     autocast,
@@ -171,18 +181,15 @@ def test_an_own_clip_after_mask_gradients_sees_masked_gradients():
         optimizer.step()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_of_the_layers_alone_are_not_masked_again(parts, monkeypatch):
-    """That would take a pass over them in every step."""
-    model, longact, optimizer = salient_run()
-    train(model, optimizer, range(2))
-    passes = []
-    monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda *args: passes.append(args))
-    for part in tokens(2, seed=2).chunk(parts):
-        backward(model, part)
-        for _ in range(2):
-            longact.mask_gradients()
-    assert bool(passes) == (parts > 1)
+def test_a_stock_optimizer_sees_masked_gradients_whatever_was_written_to_them():
+    model, longact, optimizer = stock_run(kind=torch.optim.SGD)
+    train(model, optimizer, range(1))
+    for step in range(1, 3):
+        before, used = copy.deepcopy(model), sets(longact)
+        by_data(model, tokens(seed=step))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert moved_rows(model, before) == used
 
 
 # Clipped before a step's last micro-batch
@@ -313,6 +320,84 @@ def test_other_gradients_that_were_clipped_alone_before_the_last_micro_batch_are
     train(model, optimizer, [2])
 
 
+def scale(model):
+    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.125)
+
+
+def clip_values(model):
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-5)
+
+
+def decay(model):
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.add_(p.detach(), alpha=0.1)
+
+
+@pytest.mark.parametrize("looks_first", [False, True])
+@pytest.mark.parametrize("change", [scale, clip_values, decay])
+def test_other_gradients_that_were_changed_alone_are_an_error_of_whatever_reads_them(change, looks_first):
+    model, longact, optimizer = salient_run(grad="compact")
+    train(model, optimizer, range(2))
+    backward(model, tokens(seed=2))
+    if looks_first:
+        longact.clip_grad_norm_(model.parameters(), float("inf"))
+    change(model)
+    with pytest.raises(RuntimeError, match=r"^grad: gradients were clipped .* longact.clip_grad_norm_"):
+        longact.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match=r"^grad: gradients were clipped .* longact.clip_grad_norm_"):
+        optimizer.step()
+
+
+def test_own_clipping_and_what_comes_after_it_is_no_change():
+    model, longact, optimizer = salient_run(grad="compact")
+    expected, theirs, others = salient_run(grad="full")
+    for run, controller, steps in ((model, longact, optimizer), (expected, theirs, others)):
+        for step in range(3):
+            for part in tokens(4, seed=step).chunk(2):
+                backward(run, part)
+                controller.clip_grad_norm_(run.parameters(), 0.1)
+                controller.clip_grad_norm_(list(run.parameters())[:3], 0.05)
+            steps.step()
+            steps.zero_grad()
+    assert_close_weights(model, expected)
+
+
+# Sets that are chosen outside the schedule
+
+
+@GRAD
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_of_the_sets_before_refresh_are_not_stepped(again, grad):
+    model, longact, optimizer = salient_run(grad=grad)
+    train(model, optimizer, range(2))
+    before = weights(model)
+    backward(model, tokens(seed=2))
+    longact.refresh()
+    if again:
+        backward(model, tokens(seed=3))
+    for reads in (longact.mask_gradients, optimizer.step):
+        with pytest.raises(RuntimeError, match=r"^LongAct: refresh\(\) was called between backward and step"):
+            reads()
+    assert_unchanged(model, before)
+    model.zero_grad()
+    chosen = sets(longact)
+    before = copy.deepcopy(model)
+    train(model, optimizer, [4])
+    assert moved_rows(model, before) == chosen
+
+
+@GRAD
+def test_refresh_before_there_are_sets_leaves_gradients_of_use(grad):
+    model, longact, optimizer = salient_run(grad=grad)
+    before = copy.deepcopy(model)
+    backward(model, tokens(seed=0))
+    longact.refresh()
+    chosen = sets(longact)
+    optimizer.step()
+    assert moved_rows(model, before) == chosen
+
+
 # torch.autograd.grad
 
 
@@ -339,7 +424,7 @@ def checkpointed_call(model, ids):
         ("Llama", {"axis": "columns"}, autocast_call),
         ("Llama", {"site": "rope"}, checkpointed_call),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_gradients_that_are_asked_for_are_given_to_who_asks_alone(family, options, call):
     """Between two micro-batches of a step; they are those of grad="full", which torch keeps apart by itself."""
