@@ -27,7 +27,7 @@ def test_cpu_tensors_run_the_cpu_code_where_there_is_some():
     from longact_kernels.reference import refresh as defined
 
     assert dispatch.implementation("carry_", torch.zeros(1), kernel, defined.carry_) is carry_
-    assert dispatch.implementation("select", torch.zeros(1), kernel, defined.select) is defined.select
+    assert dispatch.implementation("no such op", torch.zeros(1), kernel, defined.select) is defined.select
 
 
 def test_another_device_runs_the_reference_and_says_so_once(recwarn):
