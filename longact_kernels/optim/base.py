@@ -140,8 +140,6 @@ class SalientOptimizer(Optimizer, ABC):
             return loss
         self._check_groups(self.param_groups)
         for longact in controllers:
-            if longact.compact is not None:
-                longact.compact.check_untouched()
             longact.prepare_step()
         self._find_local_sets(salient)
         work = [self._split(group, salient) for group in self.param_groups]

@@ -427,6 +427,8 @@ class LongAct:
         Optimizers call it. A second call does nothing, unless another backward has come. Raises as `mask_gradients`.
         """
         self._settle_device()
+        if self.compact is not None:
+            self.compact.check_untouched()
         if self._over:  # as a rank that was fed nothing has to know, which has had no backward to tell
             self.settle()
         self.batch.drop_zeroed()
@@ -718,8 +720,6 @@ class LongAct:
         if not isinstance(max_norm, Real) and not (isinstance(max_norm, Tensor) and max_norm.numel() == 1):
             kind = f"a tensor {list(max_norm.shape)}" if isinstance(max_norm, Tensor) else repr(max_norm)
             raise TypeError(f"max_norm: got {kind}, needed a number")
-        if self.compact is not None:
-            self.compact.check_untouched()
         self.mask_gradients()
         ids = {id(p) for p in parameters}
         own = [layer for layer in self.layers.values() if id(layer.weight) in ids]

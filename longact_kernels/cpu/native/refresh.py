@@ -14,6 +14,7 @@ from numba import njit, uint32
 
 from longact_kernels.cpu.native import compile_kernel
 from longact_kernels.cpu.native.intrinsics import advance, int64_at, next_task, uint8_at, uint32_at
+from longact_kernels.cpu.native.sets import empty_slots
 
 # int64 words of one layer in `sets`, and of one state in `states`.
 SET_WORDS = STATE_WORDS = 5
@@ -64,16 +65,6 @@ def select(args):
                 place += 1
 
 
-@njit
-def _ascends(index, slots):
-    before = -1
-    for slot in range(slots):
-        if index[slot] < before or (index[slot] == before and before != -1) or index[slot] >= 2**31:
-            return False
-        before = index[slot]
-    return True
-
-
 @compile_kernel
 def match(args):
     """One task a layer: fills its part of `source` and `kept`."""
@@ -84,7 +75,7 @@ def match(args):
         layer = advance(int64_at(args[2]), task * SET_WORDS)
         old, new, slots = int64_at(layer[0]), int64_at(layer[1]), layer[3]
         source, kept = advance(int64_at(args[3]), layer[2]), advance(uint8_at(args[4]), layer[2])
-        if not (_ascends(old, slots) and _ascends(new, slots)):
+        if empty_slots(old, slots, 2**31) < 0 or empty_slots(new, slots, 2**31) < 0:
             args[6] = 1
             continue
         place, changes = 0, 0

@@ -18,6 +18,7 @@ from longact_kernels.cpu.native.intrinsics import (
     uint16_at,
     uint32_at,
 )
+from longact_kernels.cpu.native.sets import empty_slots
 
 # Tokens of a task: they fill whole cache lines of what is packed.
 TOKENS = 64
@@ -39,17 +40,13 @@ _products = products_of(ROWS)
 
 
 @njit
-def _empty_slots(index, S, N):
-    """How many slots hold no channel, -1, before the others; -1 if this is no ascending set of N channels."""
-    empty = 0
-    while empty < S and index[empty] == -1:
-        empty += 1
-    before = -1
-    for s in range(empty, S):
-        if index[s] <= before or index[s] >= N:
-            return -1
-        before = index[s]
-    return empty
+def _channels(args):
+    """Where the channels of a set begin, and how many; -1 if it is none. Every thread says in args[10] what is empty,
+    the same."""
+    index, S = int64_at(args[7]), args[8]
+    empty = empty_slots(index, S, args[6])
+    args[10] = empty
+    return advance(index, max(empty, 0)), S - empty if empty >= 0 else -1
 
 
 @njit
@@ -78,17 +75,12 @@ def _block(x, stride, index, S, packed, M, first, buffer):
 
 @compile_kernel
 def pack(args):
-    """Args: x; bytes of its elements (2 or 4), stride, M, N; index, S; packed [S, M]; what `_empty_slots` says, slots
+    """Args: x; bytes of its elements (2 or 4), stride, M, N; index, S; packed [S, M]; what `empty_slots` says, slots
     that packed does not have. A task is a block of tokens."""
-    x, width, stride, M, N, slots, S, packed = (
-        args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9],
-    )  # fmt: skip
-    empty = _empty_slots(int64_at(slots), S, N)
-    args[10] = empty  # the same from every thread
-    if empty < 0:
+    x, width, stride, M, packed = args[2], args[3], args[4], args[5], args[9]
+    index, S = _channels(args)
+    if S < 0:
         return
-    index = advance(int64_at(slots), empty)
-    S -= empty
     scratch = np.empty(TOKENS * min(S, _CHANNELS), np.uint32)
     buffer = scratch.ctypes.data
     while True:
@@ -111,13 +103,10 @@ def multiplies():
 @compile_kernel
 def pack_pairs(args):
     """`pack` of bf16 numbers as uint32 [S / ROWS, M / 2, ROWS], zeros in the rest: pairs of tokens side by side."""
-    stride, M, N, slots, S, packed = args[4], args[5], args[6], args[7], args[8], uint32_at(args[9])
-    empty = _empty_slots(int64_at(slots), S, N)
-    args[10] = empty  # the same from every thread
-    if empty < 0:
+    stride, M, N, packed = args[4], args[5], args[6], uint32_at(args[9])
+    index, S = _channels(args)
+    if S < 0:
         return
-    index = advance(int64_at(slots), empty)
-    S -= empty
     pairs = (M + 1) // 2
     while True:
         task = next_task(args)
